@@ -1,0 +1,277 @@
+"""Time whole models: ``python bench/model.py [--task inference|training|memory]``.
+
+BERT-base with random weights, Hugging Face (eager, SDPA, torch.compile around SDPA) beside the same
+model under ``fastbert.accelerate``. Tokens are real ones: padding is the peers' work, not output.
+Each shape's candidates take turns in one process; memory is measured in a fresh process each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import lengths_of  # noqa: E402
+from timing import ceilings, interleave, machine, write  # noqa: E402
+
+import fastbert  # noqa: E402
+from fastbert import device  # noqa: E402
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    sequences: int
+    longest: int
+    kind: str = "dense"
+
+
+def shapes(where: str) -> list[Shape]:
+    if where == "cuda":
+        return [
+            Shape("B1 S128", 1, 128),
+            Shape("B256 S128", 256, 128),
+            Shape("B64 S512", 64, 512),
+            Shape("B128 mixed 8-512", 128, 512, "ragged"),
+        ]
+    return [
+        Shape("B1 S16", 1, 16),
+        Shape("B1 S128", 1, 128),
+        Shape("B8 S128", 8, 128),
+        Shape("B32 mixed 8-256", 32, 256, "ragged"),
+    ]
+
+
+def make_batch(shape: Shape, where: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Padded inputs as a tokenizer would give them, and the number of real tokens."""
+    lengths = lengths_of(shape.kind, shape.sequences, shape.longest)
+    width = max(lengths)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1000, 30000, (shape.sequences, width), generator=generator)
+    mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    return {name: x.to(where) for name, x in batch.items()}, sum(lengths)
+
+
+def build(name: str, model: str, attention: str, where: str, dtype: torch.dtype) -> Any:
+    """A Hugging Face BERT-base of class ``model`` with random weights, the same ones every time."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(attn_implementation=attention, num_labels=3)
+    module = getattr(transformers, model)(config).to(device=where, dtype=dtype)
+    return fastbert.accelerate(module) if name == "fastbert" else module
+
+
+def candidates(model: str, where: str, dtype: torch.dtype, peers: list[str]) -> dict[str, Any]:
+    """name -> module: ours and the named peers, all with the same weights."""
+    attention = {
+        "HF eager": "eager",
+        "HF SDPA": "sdpa",
+        "torch.compile": "sdpa",
+        "fastbert": "sdpa",
+    }
+    made = {}
+    for name in ("fastbert", *peers):
+        module = build(name, model, attention[name], where, dtype)
+        made[name] = torch.compile(module, dynamic=False) if name == "torch.compile" else module
+    return made
+
+
+def inference(
+    shape: Shape, where: str, dtype: torch.dtype, peers: list[str], seconds: float
+) -> Any:
+    """Median latency and real tokens a second of the bare encoder under inference_mode."""
+    batch, tokens = make_batch(shape, where)
+    models = candidates("BertModel", where, dtype, peers)
+    for module in models.values():
+        module.eval()
+
+    def run(module: Any) -> Callable[[], Any]:
+        return torch.inference_mode()(lambda: module(**batch).last_hidden_state)
+
+    _assert_close({name: run(module)() for name, module in models.items()}, batch, dtype)
+    runs = {name: run(module) for name, module in models.items()}
+    return _row(interleave(runs, where, seconds), tokens)
+
+
+def _assert_close(
+    outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Outputs at real tokens agree with Hugging Face's, or there is no speed to speak of."""
+    real = batch["attention_mask"].bool()
+    peer = next(x for name, x in outputs.items() if name.startswith("HF"))[real].float()
+    error = float((outputs["fastbert"][real].float() - peer).abs().max())
+    bound = 1e-4 if dtype == torch.float32 else 0.15
+    if not error <= bound:
+        raise SystemExit(f"parity: outputs differ by {error}, more than {bound}; nothing is timed")
+
+
+def training(shape: Shape, where: str, dtype: torch.dtype, peers: list[str], seconds: float) -> Any:
+    """Median time of a step: forward, backward and fused AdamW of a sequence classifier."""
+    batch, tokens = make_batch(shape, where)
+    batch["labels"] = torch.arange(shape.sequences, device=where) % 3
+    models = candidates("BertForSequenceClassification", where, dtype, peers)
+
+    def run(module: Any) -> Callable[[], Any]:
+        module.train()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+
+        def step() -> None:
+            module(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    runs = {name: run(module) for name, module in models.items()}
+    return _row(interleave(runs, where, seconds), tokens)
+
+
+def _row(timings: dict[str, Any], tokens: int) -> dict[str, Any]:
+    rows = {
+        name: {
+            "median_ms": t.median * 1e3,
+            "spread_percent": t.spread_percent,
+            "tokens_per_s": tokens / t.median,
+            "calls": t.calls,
+        }
+        for name, t in timings.items()
+    }
+    peers = {name: row["median_ms"] for name, row in rows.items() if name != "fastbert"}
+    best = min(peers, key=peers.__getitem__)
+    ours = rows["fastbert"]["median_ms"]
+    speedups = {name: peer / ours for name, peer in peers.items()}
+    return {"candidates": rows, "best_peer": best, "speedup": peers[best] / ours, "over": speedups}
+
+
+_MEMORY = ("HF SDPA", "fastbert, skip_logits", "fastbert native")
+
+
+def memory_of(name: str, where: str) -> dict[str, float]:
+    """Peak bytes of two MLM training steps, B 8 S 128, fp32, above parameters and gradients."""
+    shape = Shape("B8 S128", 8, 128)
+    batch, _ = make_batch(shape, where)
+    labels = torch.full_like(batch["input_ids"], -100)
+    chosen = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2)) < 0.15
+    labels[chosen.to(where)] = batch["input_ids"][chosen.to(where)]
+    if name == "fastbert native":
+        torch.manual_seed(0)
+        module: Any = fastbert.BertForMaskedLM(fastbert.BertConfig.preset("base")).to(where)
+    else:
+        module = build("HF", "BertForMaskedLM", "sdpa", where, torch.float32)
+        if name == "fastbert, skip_logits":
+            fastbert.accelerate(module, skip_logits=True)
+    module.train()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)  # touched, so that its pages count as there
+    gc.collect()
+    start = _current_bytes(where)
+    _reset_peak(where)
+    for _ in range(2):
+        module(**batch, labels=labels).loss.backward()
+    return {"peak_bytes": _peak_bytes(where) - start}
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _current_bytes(where: str) -> int:
+    return torch.cuda.memory_allocated() if where == "cuda" else _status_bytes("VmRSS")
+
+
+def _reset_peak(where: str) -> None:
+    if where == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes(where: str) -> int:
+    return torch.cuda.max_memory_allocated() if where == "cuda" else _status_bytes("VmHWM")
+
+
+def memory(where: str) -> dict[str, Any]:
+    """``memory_of`` every candidate, each in its own process, and the ratios to Hugging Face."""
+    rows = {}
+    for name in _MEMORY:
+        command = [sys.executable, __file__, "--memory-of", name, "--device", where]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+    base = rows["HF SDPA"]["peak_bytes"]
+    for row in rows.values():
+        row["percent_of_hf"] = 100 * row["peak_bytes"] / base
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=("inference", "training", "memory"), action="append")
+    parser.add_argument("--shape", default="", help="only shapes whose name contains this")
+    parser.add_argument("--dtype", choices=_DTYPES, action="append")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--peer", action="append", help="default: HF eager, HF SDPA, torch.compile")
+    parser.add_argument("--seconds", type=float, default=30.0, help="per shape")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory-of", choices=_MEMORY, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    where = args.device or ("cuda" if device.cuda_reason() is None else "cpu")
+    if args.memory_of:
+        print(json.dumps(memory_of(args.memory_of, where)))
+        return 0
+    tasks = args.task or ["inference", "training", "memory"]
+    dtypes = args.dtype or list(_DTYPES)
+    peers = args.peer or ["HF eager", "HF SDPA", "torch.compile"]
+    path = args.out or Path(__file__).parent / "results" / f"model_{where}.json"
+    result: dict[str, Any] = {"machine": machine(), "ceilings": {}, "rows": []}
+    for dtype in dtypes:
+        if tasks != ["memory"]:
+            result["ceilings"][dtype] = ceilings(where, _DTYPES[dtype])
+        for task in tasks:
+            for shape in shapes(where) if task != "memory" else []:
+                if args.shape not in shape.name:
+                    continue
+                measure = inference if task == "inference" else training
+                torch.compiler.reset()
+                row = measure(shape, where, _DTYPES[dtype], peers, args.seconds)
+                row = {"task": task, "shape": shape.name, "dtype": dtype, "device": where, **row}
+                result["rows"].append(row)
+                print(_line(row), flush=True)
+                write(path, result)
+    if "memory" in tasks:
+        result["memory"] = memory(where)
+        for name, row in result["memory"].items():
+            size, percent = row["peak_bytes"] / 2**20, row["percent_of_hf"]
+            print(f"MLM step, peak memory: {name:<24}{size:8.0f} MiB {percent:5.0f}% of HF")
+        write(path, result)
+    print(f"wrote {path}")
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    ours = row["candidates"]["fastbert"]
+    over = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["over"].items())
+    return (
+        f"{row['task']:<10}{row['shape']:<17}{row['dtype']:<5}{ours['median_ms']:>9.1f} ms "
+        f"±{ours['spread_percent']:.0f}%{ours['tokens_per_s']:>9.0f} tok/s  {over}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Write the README's generated parts from bench/results: ``python bench/report.py [--check]``.
+
+Between ``<!-- generated: NAME -->`` and ``<!-- end -->`` the README holds nothing typed by hand:
+``support`` comes from the table of ops, the others from the JSON of the last committed runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastbert.ops import BACKENDS, OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    headings = list(headings)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    gpu = machine["gpu"].get("gpu_0")
+    where = gpu or f"{machine['cpu']['cpu']}, {machine['threads']} threads"
+    return (
+        f"{where}; torch {machine['versions']['torch']}, transformers "
+        f"{machine['versions']['transformers']}; commit {machine['commit']}, {machine['date']}."
+    )
+
+
+def support() -> str:
+    """Which backend computes which op, in which dtypes."""
+
+    def cell(op: Any, backend: str) -> str:
+        if backend not in op.modules:
+            return "–"
+        halves = "forward and backward" if "bwd" in op.halves else "yes"
+        limit = op.max_size.get(backend)
+        return halves + (f", size ≤ {limit}" if limit else "")
+
+    names = {"cpp": "C++ (CPU)", "triton": "Triton", "cuda": "CUDA C++", "reference": "torch"}
+    rows = [[f"`{op.name}`", *(cell(op, backend) for backend in names)] for op in OPS.values()]
+    dtypes = [
+        ", ".join(str(d).removeprefix("torch.") for d in BACKENDS[backend].dtypes)
+        for backend in names
+    ]
+    return table(["op", *names.values()], [*rows, ["dtypes", *dtypes]])
+
+
+def model(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = []
+    for row in result["rows"]:
+        ours = row["candidates"]["fastbert"]
+        ratios = [f"{row['over'][n]:.2f}×" if n in row["over"] else "–"
+                  for n in ("HF eager", "HF SDPA", "torch.compile")]  # fmt: skip
+        cells = [row["task"], row["shape"], row["dtype"], f"{ours['median_ms']:.1f}"]
+        rows.append([*cells, f"{ours['tokens_per_s']:,.0f}", *ratios])
+    headings = ("task", "shape", "dtype", "ms", "real tokens/s", "× HF eager", "× HF SDPA",
+                "× torch.compile")  # fmt: skip
+    text = table(headings, rows)
+    if "memory" in result:
+        memory = [
+            [name, f"{row['peak_bytes'] / 2**20:,.0f}", f"{row['percent_of_hf']:.0f}%"]
+            for name, row in result["memory"].items()
+        ]
+        text += "\n\n" + table(("MLM training step, B8 S128, fp32", "peak MiB above parameters "
+                                "and gradients", "of HF"), memory)  # fmt: skip
+    return f"{text}\n\n{_machine(result)}"
+
+
+def ops(path: Path) -> str:
+    result = json.loads(path.read_text())
+    rows = []
+    for row in result["rows"]:
+        if "failed" in row:
+            rows.append([f"`{row['op']}`", row["case"], row["dtype"], row["failed"], "", "", ""])
+            continue
+        ours = row["candidates"]["fastbert"]
+        unit = "matrix rate" if "gflop_s" in row else "copy"
+        percent = row["percent_of_matrix"] if "gflop_s" in row else row["percent_of_copy"]
+        cells = [f"`{row['op']}`", row["case"], row["dtype"], f"{ours['median_us']:,.0f}"]
+        rows.append(
+            [*cells, f"{row['speedup']:.2f}×", row["best_peer"], f"{percent:.0f}% of {unit}"]
+        )
+    headings = ("op", "case", "dtype", "µs", "× best peer", "best peer", "of the ceiling")
+    return f"{table(headings, rows)}\n\n{_machine(result)}"
+
+
+def sections() -> dict[str, str]:
+    made = {"support": support()}
+    for name, build in (("model", model), ("ops", ops)):
+        for where in ("cpu", "cuda"):
+            path = RESULTS / f"{name}_{where}.json"
+            if path.exists():
+                made[f"{name}-{where}"] = build(path)
+    return made
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """``text`` with every generated section replaced; ValueError for one that nothing generates."""
+
+    def one(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in made:
+            raise ValueError(f"README: generated section {name!r}, expected one of {sorted(made)}")
+        return f"<!-- generated: {name} -->\n{made[name]}\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", one, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README is not current")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = fill(old, sections())
+    if args.check:
+        return int(old != new)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""FusedLayer: what stands in for the forward of one Hugging Face encoder layer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.hf.parts import layer_obstacle, layer_parts
+from fastbert.hf.replacement import Replacement
+from fastbert.nn.layer import encoder_layer
+from fastbert.packed import PackedBatch
+
+Tensor = torch.Tensor
+
+
+class ModelPass:
+    """A ``fastbert.nn.layer.Pass`` whose seed is drawn when a layer first asks for it.
+
+    Hugging Face applies a dropout whenever that Dropout module is in training mode, whatever the
+    mode of the model (the usual way to Monte Carlo dropout); a pass in which none is must not
+    advance the generator.
+    """
+
+    def __init__(self, config: Any, device: torch.device, want_attentions: bool) -> None:
+        self.config = config
+        self.device = device
+        self.attentions: list[Tensor] | None = [] if want_attentions else None
+        self._seed: Tensor | None = None
+
+    @property
+    def dropout_seed(self) -> Tensor:
+        """int64 (1,), from torch's generator of the device."""
+        if self._seed is None:
+            span = (-(2**63), 2**63 - 1)
+            self._seed = torch.randint(*span, (1,), dtype=torch.int64, device=self.device)
+        return self._seed
+
+
+class FusedLayer(Replacement):
+    """``layer(x, batch, run, index)`` on packed tokens (T, H); any other call is the original's."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not args or not isinstance(args[0], PackedBatch):
+            return self.original(x, *args, **kwargs)
+        layer: Any = self.module
+        if (
+            getattr(layer, "gradient_checkpointing", False)
+            and layer.training
+            and not _checkpoints_in_call(type(layer))
+        ):
+            return layer._gradient_checkpointing_func(self._packed, x, *args)
+        return self._packed(x, *args)
+
+    def _packed(self, x: Tensor, batch: PackedBatch, run: Any, index: int) -> Tensor:
+        family, layer = self.family, self.module
+        obstacle = layer_obstacle(family, layer)
+        if obstacle is not None:
+            self.note(obstacle)
+            return self._padded(x, batch, run.config)
+        parts = layer_parts(family, layer)
+        # training=True: each dropout module's own flag decides, as in Hugging Face.
+        return encoder_layer(parts, x, batch, run, index, training=True)
+
+    def _padded(self, x: Tensor, batch: PackedBatch, config: Any) -> Tensor:
+        """The original forward on sequences padded to the longest; empty ones stay out of it."""
+        lengths = [n for n in batch.lengths if n]
+        rows = PackedBatch.from_flat(None, lengths, inputs_embeds=x)
+        padded = rows.unpack(x)
+        columns = torch.arange(padded.shape[1], device=x.device)
+        real = columns < torch.tensor(lengths, device=x.device)[:, None]
+        masking = importlib.import_module("transformers.masking_utils")
+        mask = masking.create_bidirectional_mask(
+            config=config, inputs_embeds=padded, attention_mask=real
+        )
+        y = rows.pack(self.original(padded, mask))
+        assert y is not None
+        return y
+
+
+@functools.cache
+def _checkpoints_in_call(cls: Any) -> bool:
+    """True where gradient checkpointing wraps the class's ``__call__``, and so us (5.17).
+
+    Later versions of transformers wrap its ``forward``, which an instance's own replaces: then the
+    fused layer checkpoints itself.
+    """
+    return cls.__call__ is not nn.Module.__call__

@@ -1,0 +1,121 @@
+"""What stands in for a module's ``forward``: one object on one instance, never a patched class.
+
+``nn.Module.__call__`` looks ``forward`` up on the instance first, so a callable stored there is
+what runs, with all hooks around it as before. The object is plain data (a module, a family's name,
+a few flags): it is copied, pickled and moved with its module.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from fastbert.hf.families import FAMILIES, Family
+from fastbert.ops import BackendError
+
+_log = logging.getLogger("fastbert")
+
+
+class Replacement:
+    """The base of the three replacements: of a layer, of a bare model and of a task model.
+
+    active: False hands every call to the original forward, uncounted.
+    strict: True raises where a call would take the original forward.
+    fallbacks: reason -> how often a call took the original forward, or a part of it.
+    """
+
+    def __init__(self, module: nn.Module, family: Family, strict: bool = False) -> None:
+        self.module = module
+        self.family_name = family.name
+        self.strict = strict
+        self.active = True
+        self.fallbacks: dict[str, int] = {}
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.family_name]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the original bound method: Hugging Face's Trainer keeps columns by it."""
+        return _bound_signature(type(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the original: torch.export reads it off a module's forward."""
+        return type(self.module).forward.__code__
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def note(self, reason: str) -> None:
+        """Count a call that is not fused and say so once; an error in strict mode."""
+        name = type(self.module).__name__
+        if self.strict:
+            raise BackendError(f"{name}: strict mode, and the call cannot be fused: {reason}")
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        _warn_once(name, reason)
+
+    def install(self) -> None:
+        attributes = self.module.__dict__
+        attributes["forward"] = attributes["_fastbert"] = self
+        attributes["_replicate_for_data_parallel"] = self.replicate
+
+    def remove(self) -> None:
+        """Take this off its module; where another tool has wrapped it since, only step aside."""
+        self.active = False
+        attributes = self.module.__dict__
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+        for name in ("_fastbert", "_replicate_for_data_parallel"):
+            attributes.pop(name, None)
+
+    def replicate(self) -> nn.Module:
+        """For ``nn.DataParallel``: a replica of the module whose forward serves that replica."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        twin = copy.copy(self)
+        twin.module = replica
+        replica.__dict__["forward"] = replica.__dict__["_fastbert"] = twin
+        return replica
+
+
+def replacement_of(module: nn.Module) -> Replacement | None:
+    """The replacement on ``module``, also where another tool has wrapped its forward since."""
+    return module.__dict__.get("_fastbert")
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    _log.warning("%s takes Hugging Face's own path: %s", name, reason)
+
+
+@functools.cache
+def _bound_signature(cls: Any) -> inspect.Signature:
+    signature = inspect.signature(cls.forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+@functools.cache
+def _positional_names(cls: Any) -> tuple[str, ...]:
+    parameters = _bound_signature(cls).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of ``module``'s own forward, by name."""
+    names = _positional_names(type(module))
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} positional arguments, {len(args)} were given")
+    given = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name in given:
+            raise TypeError(f"forward got multiple values for argument {name!r}")
+        given[name] = value
+    return given

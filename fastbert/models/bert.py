@@ -1,0 +1,146 @@
+"""BertModel, and what it shares with the task models: initialisation, ties, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastbert.config import BertConfig
+from fastbert.models import checkpoint
+from fastbert.models.edge import Edge
+from fastbert.models.outputs import BaseModelOutput
+from fastbert.nn import BertEmbeddings, BertEncoder, Pooler
+from fastbert.nn.layer import new_pass
+from fastbert.packed import PackedBatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Tensor = torch.Tensor
+
+
+class BertPreTrained(nn.Module):
+    """Base of every model: a config, and folders as Hugging Face's.
+
+    tied: name of a parameter -> the name under which checkpoints hold it, as one with another.
+    """
+
+    tied: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source_folder: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, **config_changes: Any
+    ) -> Self:
+        """The model that a Hugging Face folder holds, in eval mode, on CPU.
+
+        folder: config.json with model.safetensors or pytorch_model.bin, whole or in shards. A
+            checkpoint of the bare encoder and one with any head both do.
+        dtype: of the parameters; None takes the checkpoint's own.
+        config_changes: fields of the config to change, such as ``num_labels=3``.
+        A head that the checkpoint lacks is initialised and named in a warning; one that this model
+        lacks is left out. Raises ValueError that lists every other missing or unexpected key and
+        every wrong shape, or names a damaged file; a folder or file that is missing raises a
+        ValueError that is a FileNotFoundError too.
+        """
+        return checkpoint.load(cls, folder, dtype, config_changes)
+
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_size: int = checkpoint.DEFAULT_SHARD_BYTES
+    ) -> None:
+        """Write config.json and model.safetensors, as Hugging Face loads them.
+
+        Tokenizer files of the folder that this model came from are copied along.
+        max_shard_size: bytes; a larger model is written in shards with an index.
+        Each file is written under another name and takes its place when complete.
+        """
+        checkpoint.save(self, folder, max_shard_size)
+
+    def initialise(self, module: nn.Module) -> None:
+        """Fill the parameters of ``module``: Linears and embeddings from a normal of standard
+        deviation ``initializer_range`` cut at two of them (Devlin et al., arXiv 1810.04805, in
+        Google's code), biases and the padding row 0, LayerNorms 1 and 0.
+        """
+        std = self.config.initializer_range
+        for part in module.modules():
+            if any(p.is_meta for p in part.parameters(recurse=False)):
+                continue  # about to be loaded or tied
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+                nn.init.zeros_(part.weight[part.padding_idx])
+            if isinstance(part, nn.LayerNorm):
+                nn.init.ones_(part.weight)
+            for name, parameter in part.named_parameters(recurse=False):
+                if name == "bias":
+                    nn.init.zeros_(parameter)
+
+    def tie_weights(self) -> None:
+        """Make each tied parameter one with the other, unless the config keeps them apart."""
+        if self.config.tie_word_embeddings:
+            for alias, owner in self.tied.items():
+                module, _, name = alias.rpartition(".")
+                setattr(self.get_submodule(module), name, self.get_parameter(owner))
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, trade one more forward pass of each layer for its activations' memory."""
+        self._set_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations, as by default."""
+        self._set_checkpointing(False)
+
+    def _set_checkpointing(self, value: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, BertEncoder):
+                module.gradient_checkpointing = value
+
+
+class BertModel(BertPreTrained):
+    """The encoder, and the pooler unless ``add_pooling_layer`` is False."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = Pooler(config) if add_pooling_layer else None
+        self.initialise(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        batch: PackedBatch | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        """Takes padded tensors (B, S) as Hugging Face's model does, or a PackedBatch.
+
+        Padded in gives padded out, with zeros at padding; packed in gives (T, …) out. The pooler
+        reads each sequence's first real token (Hugging Face's reads column 0, be it padding).
+        output_attentions: returns the probabilities, by the slow reference of attention.
+        Raises ValueError for inputs that do not fit together or into the model's tables.
+        """
+        edge = Edge.enter(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, batch
+        )
+        batch = edge.batch
+        run = new_pass(self, batch.cu_seqlens.device, output_attentions)
+        x = self.embeddings(batch, run)
+        x, hidden = self.encoder(x, batch, run, output_hidden_states)
+        return BaseModelOutput(
+            last_hidden_state=edge.out(x),
+            pooler_output=None if self.pooler is None else self.pooler(x, batch),
+            **edge.states(hidden, run.attentions),
+        )

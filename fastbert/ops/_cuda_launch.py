@@ -1,0 +1,142 @@
+"""The cuda backend: launchers that hand CUDA tensors to the compiled kernels of ``fastbert._cuda``.
+
+Signatures and semantics are those of every backend (see ``fastbert.ops._registry``): contiguous
+activations in, new tensors out, no autograd. Kernels run on torch's current stream of the tensors'
+device; nothing here waits for it. The public functions of ``fastbert.ops`` check the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fastbert import _native
+
+Tensor = torch.Tensor
+
+# csrc/cuda/ops.h, DType
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 3}
+
+
+def attention_fwd(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_offset: int,
+) -> tuple[Tensor, Tensor]:
+    """out (T, N, D) in qkv's dtype and lse (N, T) in fp32, from qkv (T, 3, N, D)."""
+    cu_seqlens = cu_seqlens.contiguous()
+    tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(tokens, heads, head_dim)
+    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    with _on_device_of(qkv):
+        _native.cuda().attention_fwd(
+            *map(_address, (qkv, cu_seqlens, out, lse)),
+            tokens, cu_seqlens.shape[0] - 1, heads, head_dim, max_seqlen, softmax_scale,
+            dropout_p, _address(dropout_seed), dropout_offset,
+            _DTYPE_CODES[qkv.dtype], _stream(qkv),
+        )  # fmt: skip
+    return out, lse
+
+
+def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """y = gelu(x + bias), x (T, I)."""
+    (bias,) = _vectors(bias)
+    y = torch.empty_like(x)
+    with _on_device_of(x):
+        _native.cuda().bias_gelu_fwd(
+            *map(_address, (x, bias, y)), *x.shape, tanh, *_dtype_codes(x, bias), _stream(x)
+        )
+    return y
+
+
+def bias_gelu_bwd(
+    dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dx (T, I) and dbias (I) = sum over rows of dx, None without a bias."""
+    native = _native.cuda()
+    (bias,) = _vectors(bias)
+    dx = torch.empty_like(x)
+    dbias = workspace = None
+    if bias is not None:
+        dbias = torch.empty_like(bias)
+        workspace = _floats(x, native.bias_gelu_bwd_workspace(*x.shape))
+    with _on_device_of(x):
+        native.bias_gelu_bwd(
+            *map(_address, (dy, x, bias, dx, dbias, workspace)), *x.shape, tanh,
+            *_dtype_codes(x, bias), _stream(x),
+        )  # fmt: skip
+    return dx, dbias
+
+
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float, dropout_p: float, dropout_seed: Tensor | None, dropout_offset: int, save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """y and, when ``save``, what backward needs: z = residual + dropout(x + x_bias), mean, rstd."""
+    vectors = list(_vectors(x_bias, weight, bias))
+    y = torch.empty_like(x)
+    z = mean = rstd = None
+    if save:
+        z = torch.empty_like(x)
+        mean, rstd = _floats(x, x.shape[0]), _floats(x, x.shape[0])
+    with _on_device_of(x):
+        _native.cuda().add_layer_norm_fwd(
+            *map(_address, (x, residual, *vectors, y, z, mean, rstd)), *x.shape, eps,
+            dropout_p, _address(dropout_seed), dropout_offset,
+            *_dtype_codes(x, vectors[-1]), _stream(x),
+        )  # fmt: skip
+    return y, z, mean, rstd
+
+
+def add_layer_norm_bwd(
+    dy: Tensor, z: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    dropout_p: float, dropout_seed: Tensor | None, dropout_offset: int, need_x_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dz; dx, which is dz itself without dropout; dweight, dbias and dx_bias in weight's dtype."""
+    native = _native.cuda()
+    weight = weight.contiguous()
+    dz = torch.empty_like(z)
+    dx = torch.empty_like(z) if dropout_p > 0.0 else None
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dx_bias = torch.empty_like(weight) if need_x_bias else None
+    workspace = _floats(z, native.add_layer_norm_bwd_workspace(*z.shape))
+    outputs = (dz, dx, dweight, dbias, dx_bias, workspace)
+    with _on_device_of(z):
+        native.add_layer_norm_bwd(
+            *map(_address, (dy, z, weight, mean, rstd, *outputs)), *z.shape,
+            dropout_p, _address(dropout_seed), dropout_offset, *_dtype_codes(z, weight), _stream(z),
+        )  # fmt: skip
+    return dz, dz if dx is None else dx, dweight, dbias, dx_bias
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _floats(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.float32)
+
+
+def _dtype_codes(x: Tensor, vector: Tensor | None) -> tuple[int, int]:
+    """Codes of the activations and of the vectors (bias, weight); without a vector, any will do."""
+    return _DTYPE_CODES[x.dtype], _DTYPE_CODES[x.dtype if vector is None else vector.dtype]
+
+
+def _vectors(*vectors: Tensor | None) -> Iterator[Tensor | None]:
+    """The vectors as the kernels take them: contiguous and of one dtype, fp32 where they differ."""
+    mixed = len({v.dtype for v in vectors if v is not None}) > 1
+    for v in vectors:
+        yield None if v is None else (v.float() if mixed else v).contiguous()
+
+
+def _on_device_of(x: Tensor) -> torch.cuda.device:
+    return torch.cuda.device(x.device)
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,106 @@
+"""feed_forward: ``gelu(x w1^T + b1) w2^T``, keeping one (T, I) tensor for backward, not three."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import _check
+from fastbert.ops._library import wants_grad
+from fastbert.ops._matmul import autocast_to, mm
+from fastbert.ops.bias_gelu import bias_gelu, launch_backward, launch_forward
+
+# Rows that go through both products at a time when nothing is kept for backward: the (rows, I)
+# intermediate is then one reused buffer that stays in cache, whatever the batch. On CPU a fresh
+# (T, I) tensor past glibc's 32 MiB mmap threshold would cost a page fault every 4 KiB instead.
+_CPU_ROWS = 1024
+
+
+def feed_forward(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    *,
+    approximate: str = "none",
+) -> torch.Tensor:
+    """y = gelu(x w1^T + b1) w2^T (Vaswani et al., arXiv 1706.03762, eq. 2, with GELU); the bias of
+    the second matrix belongs to the add_layer_norm that follows.
+
+    x: (T, H).  w1: (I, H).  b1: (I,) in that dtype or fp32.  w2: (H, I).  Returns (T, H); under
+    autocast in the autocast dtype.  ``approximate`` as in bias_gelu.
+    Backward keeps x and the (T, I) product before the bias, and computes GELU again.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
+    x, w1, w2 = autocast_to(x, w1, w2)
+    _check.activation("x", x, ("T", "H"))
+    _check.like("w1", w1, x, (w1.shape[0], x.shape[1]))
+    _check.like("w2", w2, x, (w2.shape[0], w1.shape[0]))
+    _check.vector("b1", b1, x, w1.shape[0])
+    if torch.compiler.is_compiling():
+        return F.linear(bias_gelu(F.linear(x, w1), b1, approximate=approximate), w2)
+    if torch.is_grad_enabled() and wants_grad(x, w1, b1, w2):
+        return _FeedForward.apply(x, w1, b1, w2, approximate == "tanh")
+    return _inference(x, w1, b1, w2, approximate == "tanh")
+
+
+def feed_forward_reference(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    approximate: str = "none",
+) -> torch.Tensor:
+    bias = None if b1 is None else b1.to(x.dtype)
+    return F.linear(F.gelu(F.linear(x, w1, bias), approximate=approximate), w2)
+
+
+def _inference(
+    x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor, tanh: bool
+) -> torch.Tensor:
+    tokens = x.shape[0]
+    rows = _CPU_ROWS if x.device.type == "cpu" else max(1, tokens)
+    if tokens <= rows:
+        return mm(launch_forward(mm(x, w1.t()), b1, tanh), w2.t())
+    y = x.new_empty(tokens, w2.shape[0])
+    buffer = x.new_empty(rows, w1.shape[0])
+    for start in range(0, tokens, rows):
+        part = slice(start, min(start + rows, tokens))
+        pre = mm(x[part], w1.t(), out=buffer[: part.stop - start])
+        mm(launch_forward(pre, b1, tanh), w2.t(), out=y[part])
+    return y
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        b1: torch.Tensor | None,
+        w2: torch.Tensor,
+        tanh: bool,
+    ) -> torch.Tensor:
+        pre = mm(x, w1.t())
+        ctx.tanh = tanh
+        ctx.save_for_backward(x, w1, b1, w2, pre)
+        return mm(launch_forward(pre, b1, tanh), w2.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, w1, b1, w2, pre = ctx.saved_tensors
+        want_x, want_w1, want_b1, want_w2, _ = ctx.needs_input_grad
+        dw2 = dx = dw1 = dpre = db1 = None
+        if want_w2:
+            dw2 = mm(dy.t(), launch_forward(pre, b1, ctx.tanh))
+        if want_x or want_w1 or want_b1:
+            dpre, db1 = launch_backward(mm(dy, w2), pre, b1, ctx.tanh)
+        if want_x:
+            dx = mm(dpre, w1)
+        if want_w1:
+            dw1 = mm(dpre.t(), x)
+        return dx, dw1, db1 if want_b1 else None, dw2, None

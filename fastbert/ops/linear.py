@@ -1,0 +1,48 @@
+"""linear: ``x w^T + b`` by the fastest route that this machine's BLAS offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops._library import wants_grad
+from fastbert.ops._matmul import autocast_to, mm, widens
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x w^T + b.
+
+    x: (T, K).  w: (N, K).  b: (N,) or None.  Returns (T, N); under autocast in the autocast dtype.
+    torch's own Linear, but for bf16 on a CPU without bf16 matrix units, where the products go
+    through fp32 (see ``_matmul.widens``).
+    """
+    x, w = autocast_to(x, w)
+    b = None if b is None else b.to(x.dtype)
+    if torch.compiler.is_compiling() or not widens(x, min(*x.shape, w.shape[0])):
+        return F.linear(x, w, b)
+    if torch.is_grad_enabled() and wants_grad(x, w, b):
+        return _Linear.apply(x, w, b)
+    return _forward(x, w, b)
+
+
+def _forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    y = mm(x, w.t())
+    return y if b is None else y.add_(b)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return _forward(x, w, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        want_x, want_w, want_b = ctx.needs_input_grad
+        dx = mm(dy, w) if want_x else None
+        dw = mm(dy.t(), x) if want_w else None
+        return dx, dw, dy.sum(0) if want_b else None

@@ -1,0 +1,183 @@
+"""Launch choices: pure functions of shape, dtype and compute capability, never of a measurement.
+
+So the same call always runs the same code and gives the same bits, and every choice is compiled and
+checked (registers, shared memory, spills) on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fastbert import device
+
+# Streaming multiprocessors: A100 108, H100 and H200 132, B200 148; the rest are close enough to 84
+# (A10, RTX 3090, …). Only the number of row groups follows from it.
+_MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
+
+
+class AttentionTile(NamedTuple):
+    """block_m: queries a tile.  block_n: keys a tile.  num_stages: tiles in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class AttentionTiles(NamedTuple):
+    """One tile for each of the three attention kernels."""
+
+    fwd: AttentionTile
+    bwd_dq: AttentionTile
+    bwd_dkdv: AttentionTile
+
+
+class RowBlock(NamedTuple):
+    """block_m: rows at once.  block_h: the whole row, padded to a power of two."""
+
+    block_m: int
+    block_h: int
+    num_warps: int
+
+
+class Tile(NamedTuple):
+    """block_m, block_n: rows and columns of a two-dimensional tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def capability(x: torch.Tensor) -> tuple[int, int]:
+    """Compute capability to choose a launch on ``x`` for; CPU tensors (interpreter): sm_80's."""
+    return _cuda_capability(x.device.index) if x.is_cuda else (8, 0)
+
+
+_cuda_capability = functools.cache(device.cuda_capability)
+
+
+def row_groups(num_blocks: int, column_blocks: int, arch: tuple[int, int]) -> int:
+    """Programs that share ``num_blocks`` row blocks, so that the grid fills the device twice.
+
+    Each group leaves one row of partial sums per column block, so few groups mean a cheap second
+    pass; two resident programs a multiprocessor keep its memory pipeline busy.
+    """
+    wanted = triton.cdiv(2 * _MULTIPROCESSORS.get(arch, 84), column_blocks)
+    return min(num_blocks, wanted)
+
+
+def row_block(width: int, elements_per_thread: int) -> RowBlock:
+    """Blocks of whole rows, at most 4096 padded elements unless one row is longer."""
+    block_h = max(16, triton.next_power_of_2(width))
+    block_m = max(1, min(16, 4096 // block_h))
+    num_warps = block_m * block_h // (32 * elements_per_thread)
+    return RowBlock(block_m, block_h, min(16, max(1, num_warps)))
+
+
+def layer_norm_fwd(width: int) -> RowBlock:
+    """32 elements a thread: four 16-byte loads of 16-bit elements in flight for each operand."""
+    return row_block(width, 32)
+
+
+def layer_norm_bwd(width: int) -> RowBlock:
+    """16 elements a thread: three fp32 accumulators of the block's size live in registers."""
+    return row_block(width, 16)
+
+
+def tile(width: int, itemsize: int) -> Tile:
+    """Tiles for elementwise work and row moves: 64 bytes a thread and operand."""
+    block_n = min(512, max(16, triton.next_power_of_2(width)))
+    block_m = max(1, 64 * 128 // itemsize // block_n)
+    return Tile(block_m, block_n, 4)
+
+
+def bias_gelu_bwd(width: int) -> Tile:
+    """One warp a row of the tile, 32 elements a thread with their fp32 bias-gradient sums."""
+    block_n = min(256, max(16, triton.next_power_of_2(width)))
+    return Tile(4096 // block_n, block_n, 4)
+
+
+def sum_partials() -> tuple[int, int, int]:
+    """(groups at once, columns, warps) of the ordered second pass: narrow, hence many programs."""
+    return 64, 32, 4
+
+
+def cross_entropy_rows(num_classes: int) -> tuple[int, int]:
+    """(classes a step, warps): 16 elements a thread, eight steps for BERT's vocabulary."""
+    block_v = min(4096, max(128, triton.next_power_of_2(num_classes)))
+    return block_v, block_v // 512 or 1
+
+
+# Sorted tokens that one program sums: long enough that partial sums are few, short enough that a
+# batch of 64k tokens makes thousands of programs.
+RUN_CHUNK = 32
+
+
+def sum_chunks(width: int) -> tuple[int, int]:
+    """(columns, warps): one warp with 16-byte loads walks the chunk's rows."""
+    return min(256, max(32, triton.next_power_of_2(width))), 1
+
+
+def join_chunks() -> tuple[int, int, int]:
+    """(chunks at once, columns, warps): narrow, so that a long run is read by many programs."""
+    return 64, 32, 4
+
+
+# Attention tiles (fwd, bwd_dq, bwd_dkdv), each (queries, keys, warps, stages), by the matrix unit,
+# the head dimension padded to a power of two, and dropout, whose counters need registers of their
+# own. They are the largest that compile without spills (bench/triton_resources.py). On the mma.sync
+# generations (sm_8x, sm_12x) they also fit the 99 KB of shared memory of the smaller chips.
+_ATTENTION_TILES = {
+    "mma": {
+        (32, False): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (32, True): ((64, 64, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+        (64, False): ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+        (64, True): ((128, 64, 8, 3), (64, 32, 4, 2), (32, 128, 8, 2)),
+        (128, False): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (128, True): ((128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (256, False): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)),
+        (256, True): ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)),
+    },
+    "wgmma": {
+        (32, False): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (32, True): ((64, 64, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2)),
+        (64, False): ((128, 128, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+        (64, True): ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+        (128, False): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        (128, True): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+        (256, False): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        (256, True): ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+    },
+    "tcgen05": {
+        (32, False): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (32, True): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (64, False): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        (64, True): ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        (128, False): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        (128, True): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        (256, False): ((64, 64, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)),
+        (256, True): ((64, 64, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)),
+    },
+}
+# fp32 products in full precision run on the ordinary FMA units, the same on every generation.
+_ATTENTION_TILES_FP32 = {
+    32: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    64: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+    128: ((32, 32, 4, 1), (16, 16, 4, 2), (32, 32, 8, 1)),
+    256: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+
+
+def attention(head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int]) -> AttentionTiles:
+    """Tiles of the three kernels for a head dimension up to 256."""
+    padded = max(32, triton.next_power_of_2(head_dim))
+    if itemsize == 4:
+        tiles = _ATTENTION_TILES_FP32[padded]
+    else:
+        unit = {9: "wgmma", 10: "tcgen05"}.get(arch[0], "mma")
+        tiles = _ATTENTION_TILES[unit][padded, dropout]
+    return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))

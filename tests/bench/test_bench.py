@@ -1,0 +1,93 @@
+"""The benches run, hold their gate, and the README's generated parts are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _load(name: str):
+    """A module of bench/, which is a folder of scripts and no package."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / f"bench/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+
+
+def test_every_op_of_the_table_has_a_bench_case() -> None:
+    from fastbert.ops import OPS
+
+    benched = {case.op for case in _load("cases").cases("cpu")}
+    # cross_entropy_rows is timed inside linear_cross_entropy, scatter_rows as gather_rows' twin.
+    assert set(OPS) - {"cross_entropy_rows", "scatter_rows"} <= benched
+
+
+def test_a_case_that_fails_parity_reports_no_speed() -> None:
+    run, cases = _load("run"), _load("cases")
+    case = next(c for c in cases.cases("cpu") if c.op == "gather_rows")
+
+    def broken(where: str, dtype: torch.dtype):
+        problem = case.make(where, dtype)
+        problem.check = lambda: 1.5
+        return problem
+
+    row = run.measure(
+        cases.Case("gather_rows", "broken", broken), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.1
+    )
+    assert "failed" in row and "speedup" not in row and "candidates" not in row
+
+
+def test_run_measures_a_case_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "ops.json"
+    command = [sys.executable, "bench/run.py", "--op", "gather_rows", "--dtype", "fp32"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--seconds", "0.2", "--out", str(out)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["machine"]["versions"]["torch"] and result["ceilings"]["fp32"]["copy_gb_s"] > 0
+    (row,) = result["rows"]
+    assert row["speedup"] > 0 and row["error_over_bound"] <= 1
+
+
+def test_interleave_times_all_and_takes_medians() -> None:
+    timing = _load("timing")
+    calls: list[str] = []
+    runs = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = timing.interleave(runs, "cpu", 0.0, least=4)
+    assert calls.count("a") == calls.count("b") == 2 + 4
+    assert all(t.calls == 4 and t.p10 <= t.median <= t.p90 for t in timings.values())
+
+
+def test_mixed_lengths_count_real_tokens_only() -> None:
+    model = _load("model")
+    shape = model.Shape("mixed", 4, 32, "ragged")
+    batch, tokens = model.make_batch(shape, "cpu")
+    assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
+    assert not batch["input_ids"][batch["attention_mask"] == 0].any()
+
+
+def test_generated_parts_of_the_readme_are_current() -> None:
+    report = _load("report")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.fill(text, report.sections()) == text
+
+
+def test_an_unknown_generated_section_is_an_error() -> None:
+    report = _load("report")
+    with pytest.raises(ValueError, match="nonsense"):
+        report.fill("<!-- generated: nonsense -->\n<!-- end -->", report.sections())

@@ -1,0 +1,128 @@
+// Stands in for CUDA's header when g++ compiles the kernels for the host: the part of CUDA C++ that they
+// use, executed by emulator.cpp. One block runs at a time, its threads as fibers of one OS thread that
+// change only where threads meet (barriers, shuffles, MMA), so that a run is deterministic.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+// Of the running thread; emulator.cpp sets them when it changes fibers.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emulator {
+
+/// Where the running thread's warp meets: every lane publishes `bytes` of `mine` and, when all live lanes
+/// have, sees each lane's at all_lanes(lane) until it calls this again. `operation` names the caller:
+/// lanes that meet in different operations have diverged, which ends the kernel with an error.
+struct WarpData {
+  const unsigned char* slots;
+  const void* of_lane(int lane) const { return slots + lane * 64; }
+};
+WarpData meet_warp(const char* operation, const void* mine, size_t bytes);
+void meet_block();
+int lane_index();
+
+/// The running block's dynamic shared memory.
+unsigned char* shared_memory();
+size_t shared_memory_size();
+
+/// cp.async of the running thread.
+void copy_async(uint32_t shared, const void* global, bool valid);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+template <typename T>
+T shuffle_xor(T value, int lane_mask) {
+  T received;
+  std::memcpy(&received, meet_warp("shuffle", &value, sizeof(T)).of_lane(lane_index() ^ lane_mask),
+              sizeof(T));
+  return received;
+}
+
+template <typename To, typename From>
+To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::meet_block(); }
+inline void __syncwarp() { emulator::meet_warp("syncwarp", nullptr, 0); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+  return emulator::shuffle_xor(value, lane_mask);
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+inline float __uint_as_float(uint32_t x) { return emulator::bits<float>(x); }
+inline uint32_t __float_as_uint(float x) { return emulator::bits<uint32_t>(x); }
+using std::max;
+using std::min;
+
+// Host API, as far as launch.cuh uses it.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+typedef struct CUstream_st* cudaStream_t;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  constexpr int kMostOnHopper = 227 * 1024;
+  return bytes <= kMostOnHopper ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 ||
+      grid.z == 0 || grid.z > 65535) {
+    return cudaErrorInvalidValue;
+  }
+  emulator::run_grid(grid, block, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

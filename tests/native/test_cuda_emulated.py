@@ -1,0 +1,230 @@
+"""The CUDA kernels executed on the CPU: the sources that nvcc compiles, through a small emulation.
+
+Inputs end where readable memory ends, outputs start as NaN, shared memory starts as NaN, asynchronous
+copies arrive as late as their wait allows: what a GPU may do, the emulation does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from .cuda_emulator import checks, emulator, formulas
+
+if emulator.compiler() is None:
+    pytest.skip("needs g++ to compile the kernels for the host", allow_module_level=True)
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+DROPOUT = pytest.mark.parametrize("p", [0.0, 0.3], ids=["p0", "p.3"])
+place = emulator.fenced
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> emulator.EmulatedCuda:
+    return emulator.build(tmp_path_factory.mktemp("cuda_emulated"))
+
+
+@pytest.fixture
+def launch(native: emulator.EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The launchers, with the emulated kernels behind them and no device to choose."""
+    from fastbert.ops import _cuda_launch
+
+    monkeypatch.setattr(_cuda_launch._native, "cuda", lambda: native)
+    monkeypatch.setattr(_cuda_launch, "_on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(_cuda_launch, "_stream", lambda x: 0)
+    native.configure()
+    return _cuda_launch
+
+
+def test_philox_gives_the_known_answer() -> None:
+    words = formulas.philox_words(0, 0, 0, 0, np.arange(4))
+    assert [f"{w:08x}" for w in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@DROPOUT
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_attention_on_tensor_cores(
+    launch: ModuleType, head_dim: int, dtype: torch.dtype, p: float
+) -> None:
+    checks.attention(launch, place, [0, 1, 65, 0, 64], 2, head_dim, dtype, p=p)
+
+
+@DROPOUT
+@pytest.mark.parametrize("lengths", [[63], [1, 1, 0, 130], [129, 0], []], ids=str)
+def test_attention_over_ragged_lengths(launch: ModuleType, lengths: list[int], p: float) -> None:
+    checks.attention(launch, place, lengths, 1, 64, BF16, p=p, slack=70)
+
+
+@DROPOUT
+@DTYPES
+def test_attention_of_any_head_dim(launch: ModuleType, dtype: torch.dtype, p: float) -> None:
+    checks.attention(launch, place, [0, 1, 31, 32, 33, 64], 3, 20, dtype, p=p)
+
+
+def test_attention_in_fp32(launch: ModuleType) -> None:
+    checks.attention(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+def test_attention_takes_any_scale(launch: ModuleType, scale: float) -> None:
+    checks.attention(launch, place, [5, 40], 1, 32, FP16, scale=scale)
+
+
+def test_attention_off_16_byte_boundaries(launch: ModuleType) -> None:
+    checks.attention(launch, _misaligned, [3, 40], 1, 32, BF16)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_attention_does_not_depend_on_timing(
+    launch: ModuleType, native: emulator.EmulatedCuda, reverse: bool, eager: bool
+) -> None:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return checks.attention(launch, place, [130, 20], 1, 64, BF16, p=0.1)
+
+    usual = run()
+    native.configure(reverse_threads=reverse, eager_copies=eager)
+    for got, want in zip(run(), usual, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (37, 96), (70, 768), (9, 1000), (40, 13)], ids=str)
+def test_bias_gelu(
+    launch: ModuleType, shape: tuple[int, int], dtype: torch.dtype, tanh: bool
+) -> None:
+    checks.bias_gelu(launch, place, *shape, dtype, dtype, tanh)
+
+
+@pytest.mark.parametrize("vector_dtype", [None, FP32], ids=["no bias", "fp32 bias"])
+def test_bias_gelu_with_other_biases(
+    launch: ModuleType, vector_dtype: torch.dtype | None
+) -> None:
+    checks.bias_gelu(launch, place, 5, 96, BF16, vector_dtype, False)
+
+
+def test_bias_gelu_off_16_byte_boundaries(launch: ModuleType) -> None:
+    checks.bias_gelu(launch, _misaligned, 5, 96, BF16, BF16, False)
+
+
+def test_bias_gelu_of_huge_and_special_values(launch: ModuleType) -> None:
+    x = torch.tensor([[1e30, -1e30, 3e38, -3e38, 12.0, -12.0, 0.0, float("nan")]])
+    one = torch.ones_like(x)
+    for tanh in (False, True):
+        y = launch.bias_gelu_fwd(place(x), None, tanh)
+        dx, _ = launch.bias_gelu_bwd(place(one), place(x), None, tanh)
+        assert y[0, :7].tolist() == pytest.approx([1e30, 0, 3e38, 0, 12, 0, 0], 1e-6, 1e-9)
+        assert dx[0, :7].tolist() == pytest.approx([1, 0, 1, 0, 1, 0, 0.5], 1e-6, 1e-9)
+        assert y[0, 7].isnan() and dx[0, 7].isnan()
+
+
+@DROPOUT
+@DTYPES
+@pytest.mark.parametrize("cols", [64, 96, 768, 1000, 1024, 1160, 13])
+def test_add_layer_norm(launch: ModuleType, cols: int, dtype: torch.dtype, p: float) -> None:
+    checks.add_layer_norm(launch, place, 11, cols, dtype, dtype, p=p)
+
+
+@DROPOUT
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("cols", [96, 1160])
+def test_add_layer_norm_over_rows(launch: ModuleType, rows: int, cols: int, p: float) -> None:
+    checks.add_layer_norm(launch, place, rows, cols, BF16, FP32, p=p)
+
+
+@pytest.mark.parametrize("cols", [96, 13])
+def test_add_layer_norm_without_the_optional_inputs(launch: ModuleType, cols: int) -> None:
+    checks.add_layer_norm(launch, place, 6, cols, FP16, FP32, residual=False, x_bias=False)
+
+
+@pytest.mark.parametrize("cols", [96, 1160])
+def test_add_layer_norm_variance_takes_two_passes(launch: ModuleType, cols: int) -> None:
+    checks.add_layer_norm(launch, place, 6, cols, FP32, FP32, mean=1000.0)
+
+
+def test_add_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
+    checks.add_layer_norm(launch, _misaligned, 6, 96, BF16, BF16, p=0.3)
+
+
+def test_add_layer_norm_promotes_mixed_vectors(launch: ModuleType) -> None:
+    x = torch.randn(4, 64).bfloat16()
+    weight, bias, x_bias = torch.randn(3, 64).bfloat16()
+    alike = launch.add_layer_norm_fwd(x, None, x_bias, weight, bias, 1e-5, 0.0, None, 0, True)
+    mixed = launch.add_layer_norm_fwd(
+        x, None, x_bias, weight.float(), bias, 1e-5, 0.0, None, 0, True
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alike, mixed, strict=True))
+
+
+def test_sums_over_many_groups_of_rows(launch: ModuleType) -> None:
+    rows = 1100  # 35 groups; a block adds 16 at a time
+    checks.bias_gelu(launch, place, rows, 16, FP16, FP32, True)
+    checks.add_layer_norm(launch, place, rows, 16, FP16, FP32)
+
+
+def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> None:
+    """As the launchers call them, but with outputs that end where writable memory ends."""
+    rows, cols, heads, head_dim = 67, 96, 3, 32
+    wide = place(torch.randn(rows, 3 * cols).bfloat16())
+    x, dy = (place(torch.randn(rows, cols).bfloat16()) for _ in range(2))
+    vector = place(torch.randn(cols))
+    out, dx, z = (place(torch.empty(rows, cols).bfloat16()) for _ in range(3))
+    grads = [place(torch.empty(cols)) for _ in range(3)]
+    mean, rstd = place(torch.zeros(rows)), place(torch.ones(rows))
+    lse, bounds = place(torch.empty(heads, rows)), place(torch.tensor([0, 67]).int())
+    seed = place(torch.tensor([checks.SEED]))
+    gelu_space = place(torch.empty(native.bias_gelu_bwd_workspace(rows, cols)))
+    norm_space = place(torch.empty(native.add_layer_norm_bwd_workspace(rows, cols)))
+
+    def at(*tensors: torch.Tensor | None) -> list[int]:
+        return [0 if t is None else t.data_ptr() for t in tensors]
+
+    bf16, fp32, stream = 1, 0, 0
+    native.attention_fwd(
+        *at(wide, bounds, out, lse), rows, 1, heads, head_dim, rows, 0.2, 0.1, *at(seed), 0,
+        bf16, stream,
+    )  # fmt: skip
+    native.bias_gelu_fwd(*at(x, vector, out), rows, cols, False, bf16, fp32, stream)
+    native.bias_gelu_bwd(
+        *at(dy, x, vector, dx, grads[0], gelu_space), rows, cols, False, bf16, fp32, stream
+    )
+    native.add_layer_norm_fwd(
+        *at(x, dy, vector, vector, vector, out, z, mean, rstd), rows, cols, 1e-5, 0.1, *at(seed), 0,
+        bf16, fp32, stream,
+    )  # fmt: skip
+    native.add_layer_norm_bwd(
+        *at(dy, z, vector, mean, rstd, out, dx, *grads, norm_space), rows, cols, 0.1, *at(seed), 0,
+        bf16, fp32, stream,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dtype": 2}, "dtype code 2"),
+        ({"vector_dtype": 3}, "vector dtype code 3"),
+        ({"dropout_p": 1.0}, "dropout_p is 1"),
+        ({"dropout_p": 0.5}, "dropout_seed is missing"),
+        ({"rows": 2**40}, "too large"),
+    ],
+)
+def test_bad_arguments_are_named(
+    native: emulator.EmulatedCuda, change: dict[str, float], text: str
+) -> None:
+    given = {"rows": 1, "cols": 8, "eps": 1e-5, "dropout_p": 0.0, "dropout_seed": 0,
+             "dropout_offset": 0, "dtype": 1, "vector_dtype": 0, "stream": 0, **change}  # fmt: skip
+    with pytest.raises(RuntimeError, match=f"add_layer_norm_fwd: .*{text}"):
+        native.add_layer_norm_fwd(*[0] * 9, *given.values())
+
+
+def _misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that starts one element after a multiple of 16 bytes."""
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return storage[1:].view(x.shape).copy_(x)
