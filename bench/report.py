@@ -43,6 +43,7 @@ def support() -> str:
         if backend not in op.modules:
             return "–"
         halves = "forward and backward" if "bwd" in op.halves else "yes"
+        halves = "forward" if backend in op.forward_only else halves
         limit = op.max_size.get(backend)
         return halves + (f", size ≤ {limit}" if limit else "")
 

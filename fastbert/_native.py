@@ -49,7 +49,7 @@ def cpu() -> ModuleType:
     if isa is not None:
         if isa not in module.available_isas():
             available = ", ".join(module.available_isas())
-            raise ValueError(f"FASTBERT_CPU_ISA={isa!r}: expected one of {available} (here)")
+            raise ValueError(f"FASTBERT_CPU_ISA={isa!r}: expected one of {available} here")
         module.set_isa(isa)
     return module
 

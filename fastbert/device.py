@@ -43,8 +43,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "FASTBERT_CPU_ISA": Setting(
         "the instruction set of the C++ kernels; unset: the best one that the CPU has",
-        "a name that fastbert doctor lists, such as portable or avx2",  # _native knows the names
-        str.isidentifier,
+        *_one_of("portable", "avx2", "avx512"),  # _native checks that the CPU has it
     ),
     "FASTBERT_NUM_THREADS": Setting(
         "threads of the C++ kernels; unset: as many as torch uses",

@@ -61,31 +61,31 @@ _cuda_capability = functools.cache(device.cuda_capability)
 
 
 def row_groups(num_blocks: int, column_blocks: int, arch: tuple[int, int]) -> int:
-    """Programs that share ``num_blocks`` row blocks, so that the grid fills the device twice.
+    """Programs that share ``num_blocks`` row blocks of each column block.
 
-    Each group leaves one row of partial sums per column block, so few groups mean a cheap second
-    pass; two resident programs a multiprocessor keep its memory pipeline busy.
+    Three of them fit the registers of a multiprocessor and keep its memory pipeline busy; more
+    would only make more partial sums for the second pass to read.
     """
-    wanted = triton.cdiv(2 * _MULTIPROCESSORS.get(arch, 84), column_blocks)
+    wanted = triton.cdiv(3 * _MULTIPROCESSORS.get(arch, 84), column_blocks)
     return min(num_blocks, wanted)
 
 
-def row_block(width: int, elements_per_thread: int) -> RowBlock:
-    """Blocks of whole rows, at most 4096 padded elements unless one row is longer."""
+def _row_block(width: int, elements: int, elements_per_thread: int) -> RowBlock:
+    """Blocks of whole rows with about ``elements`` padded elements, at least one row."""
     block_h = max(16, triton.next_power_of_2(width))
-    block_m = max(1, min(16, 4096 // block_h))
+    block_m = max(1, min(16, elements // block_h))
     num_warps = block_m * block_h // (32 * elements_per_thread)
-    return RowBlock(block_m, block_h, min(16, max(1, num_warps)))
+    return RowBlock(block_m, block_h, min(32, max(1, num_warps)))
 
 
 def layer_norm_fwd(width: int) -> RowBlock:
     """32 elements a thread: four 16-byte loads of 16-bit elements in flight for each operand."""
-    return row_block(width, 32)
+    return _row_block(width, 4096, 32)
 
 
 def layer_norm_bwd(width: int) -> RowBlock:
-    """16 elements a thread: three fp32 accumulators of the block's size live in registers."""
-    return row_block(width, 16)
+    """8 elements a thread: three fp32 sums of the block's size stay in registers."""
+    return _row_block(width, 2048, 8)
 
 
 def tile(width: int, itemsize: int) -> Tile:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def test_build_errors_say_what_to_do(tiny, env, message):
 def test_editable_install_maps_kernels(tiny, tmp_path):
     """``fastbert.kernels`` is the folder kernels/, and there is no top-level ``kernels``."""
     hook = f"import setuptools.build_meta as b; b.build_editable({str(tmp_path)!r})"
-    env = os.environ | {"FASTBERT_CUDA": "0"}
+    env = os.environ | {"FASTBERT_NATIVE": "1", "FASTBERT_CUDA": "0"}
     subprocess.run([sys.executable, "-c", hook], cwd=tiny, env=env, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -331,10 +332,18 @@ def test_module_that_fails_to_load_has_a_reason(unbuilt, monkeypatch):
     assert "fails to load: libm.so.6: version `GLIBC_2.99' not found" in _native.cpu_reason()
 
 
-def test_unknown_isa_names_those_that_are_there(monkeypatch):
-    if _native.cpu_reason() is not None:
-        pytest.skip(_native.cpu_reason())
-    monkeypatch.setenv("FASTBERT_CPU_ISA", "mmx")
-    _native.cpu.cache_clear()
-    with pytest.raises(ValueError, match="FASTBERT_CPU_ISA='mmx': expected one of .*portable"):
+def test_isa_that_the_cpu_lacks(unbuilt, monkeypatch):
+    """FASTBERT_CPU_ISA reaches the module when that is first loaded, if it can run it."""
+    chosen = []
+    module = types.ModuleType("fastbert._cpu")
+    module.available_isas = lambda: ["avx2", "portable"]
+    module.set_isa = chosen.append
+    monkeypatch.setitem(sys.modules, "fastbert._cpu", module)
+
+    monkeypatch.setenv("FASTBERT_CPU_ISA", "avx512")
+    with pytest.raises(ValueError, match="='avx512': expected one of avx2, portable here"):
         _native.cpu()
+
+    monkeypatch.setenv("FASTBERT_CPU_ISA", "portable")
+    assert _native.cpu() is module and _native.cpu() is module
+    assert chosen == ["portable"]

@@ -75,12 +75,12 @@ PYBIND11_MODULE(_cpu, m) {
           int64_t, int64_t, int64_t max_seqlen, auto...) {
          fastbert::check_cu_seqlens(cu_seqlens, num_sequences, num_tokens, max_seqlen);
        });
-  bind(m, "attention_bwd", &KernelTable::attention_bwd,
-       [](const void*, const void*, const void*, const void*, const int32_t* cu_seqlens,
-          int64_t num_sequences, int64_t num_tokens, int64_t, int64_t, int64_t max_seqlen,
-          auto...) {
-         fastbert::check_cu_seqlens(cu_seqlens, num_sequences, num_tokens, max_seqlen);
-       });
+  bind(
+      m, "attention_bwd", &KernelTable::attention_bwd,
+      [](const void*, const void*, const void*, const void*, const int32_t* cu_seqlens,
+         int64_t num_sequences, int64_t num_tokens, int64_t, int64_t, int64_t max_seqlen, auto...) {
+        fastbert::check_cu_seqlens(cu_seqlens, num_sequences, num_tokens, max_seqlen);
+      });
   bind(m, "bias_gelu_fwd", &KernelTable::bias_gelu_fwd, kNoCheck);
   bind(m, "bias_gelu_bwd", &KernelTable::bias_gelu_bwd, kNoCheck);
   bind(m, "add_layer_norm_fwd", &KernelTable::add_layer_norm_fwd, kNoCheck);
@@ -102,9 +102,8 @@ PYBIND11_MODULE(_cpu, m) {
        });
   bind(m, "cross_entropy_rows", &KernelTable::cross_entropy_rows,
        [](void*, int64_t, const void*, const int64_t* labels, int64_t rows, int64_t vocab,
-          int64_t ignore_index, auto...) {
-         fastbert::check_labels(labels, rows, vocab, ignore_index);
-       });
+          int64_t ignore_index,
+          auto...) { fastbert::check_labels(labels, rows, vocab, ignore_index); });
   bind(m, "gather_rows", &KernelTable::gather_rows,
        [](const void*, const int64_t* index, int64_t count, int64_t num_rows, auto...) {
          fastbert::check_index(index, count, num_rows);

@@ -1,5 +1,5 @@
-// fastbert._cuda: the functions of csrc/cuda/ops.h. Pointers and the stream come as integer addresses, 0
-// for an absent tensor. Importing the module touches no device and needs no driver.
+// fastbert._cuda: the functions of csrc/cuda/ops.h. Pointers and the stream come as integer
+// addresses, 0 for an absent tensor. Importing the module touches no device and needs no driver.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -39,7 +39,8 @@ PYBIND11_MODULE(_cuda, module) {
   // A launch waits when the stream's queue is full: other Python threads may go on meanwhile.
   const py::call_guard<py::gil_scoped_release> release;
 
-  module.doc() = "CUDA kernels on raw addresses; fastbert.ops._cuda_launch calls them with tensors.";
+  module.doc() =
+      "CUDA kernels on raw addresses; fastbert.ops._cuda_launch calls them with tensors.";
   module.def("attention_fwd", by_address(cuda::attention_fwd), release, arg("qkv"),
              arg("cu_seqlens"), arg("out"), arg("lse"), arg("tokens"), arg("batch"), arg("heads"),
              arg("head_dim"), arg("max_seqlen"), arg("softmax_scale"), arg("dropout_p"),

@@ -26,6 +26,7 @@ inline void add_layer_norm_fwd(const void* x_ptr, const void* residual_ptr, cons
     parallel_for(rows, row_grain(cols), num_threads, [=](int64_t begin, int64_t end) {
       S* z_row = thread_scratch<S>(Scratch::kRow, cols);
       float* mask = dropout_scratch(dropout, cols);
+      const S kept_scale = static_cast<S>(dropout.scale);
       for (int64_t row = begin; row < end; ++row) {
         const T* x = row_of<const T>(x_ptr, row, cols);
         const T* residual = row_of<const T>(residual_ptr, row, cols);
@@ -37,15 +38,14 @@ inline void add_layer_norm_fwd(const void* x_ptr, const void* residual_ptr, cons
             accumulate<S, 1>(cols, [=](int64_t i, auto lanes, Vec<S>* acc) FASTBERT_INLINE_LAMBDA {
               Vec<S> value = load<S>(x + i, lanes);
               if (x_bias != nullptr) value += load<S>(x_bias + i, lanes);
-              if (dropout.active) value *= load<S>(mask + i, lanes);
+              if (dropout.active) value *= kept_scale * load<S>(mask + i, lanes);
               if (residual != nullptr) value += load<S>(residual + i, lanes);
               value = round_to<T, S>(value);
               if (z != nullptr) store<S>(z + i, value, lanes);
               store<S>(z_row + i, value, lanes);
               acc[0] += value;
             });
-        const auto statistics =
-            row_statistics<S>(z_row, cols, sums.total[0], static_cast<S>(eps));
+        const auto statistics = row_statistics<S>(z_row, cols, sums.total[0], static_cast<S>(eps));
         for_vectors<S>(cols, [=](int64_t i, auto lanes) FASTBERT_INLINE_LAMBDA {
           const Vec<S> x_hat = (load<S>(z_row + i, lanes) - statistics.mean) * statistics.rstd;
           store<S>(y + i, x_hat * load<S>(weight + i, lanes) + load<S>(bias + i, lanes), lanes);
@@ -76,6 +76,7 @@ inline void add_layer_norm_bwd(const void* dy_ptr, const void* z_ptr, const void
     const ColumnSums<S, 3> sums(blocks, cols);
     parallel_for(blocks.count, 1, num_threads, [=](int64_t first, int64_t last) {
       float* mask = dropout_scratch(dropout, cols);
+      const S kept_scale = static_cast<S>(dropout.scale);
       for (int64_t block = first; block < last; ++block) {
         S* dweight = sums.start(block);
         S* dbias = dweight + cols;
@@ -89,7 +90,7 @@ inline void add_layer_norm_bwd(const void* dy_ptr, const void* z_ptr, const void
               RowStatistics<S>{mean[row], rstd[row]}, cols, dweight, dbias,
               [=](int64_t i, auto lanes, Vec<S> grad) FASTBERT_INLINE_LAMBDA {
                 store<S>(dz + i, grad, lanes);
-                if (dropout.active) grad *= load<S>(mask + i, lanes);
+                if (dropout.active) grad *= kept_scale * load<S>(mask + i, lanes);
                 if (dx != nullptr) store<S>(dx + i, grad, lanes);
                 if (dx_bias_ptr != nullptr) {
                   store<S>(dx_bias + i, load<S>(dx_bias + i, lanes) + grad, lanes);

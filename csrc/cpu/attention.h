@@ -1,14 +1,14 @@
 // Packed multi-head self-attention (Vaswani et al., arXiv 1706.03762, eq. 1), forward and backward.
 //
-// A task is one head of one sequence (forward: of at most kChunk of its queries) and owns every
-// element it writes, so nothing is atomic and neither the number of threads nor the other sequences
-// of the batch can change a bit. A task walks blocks of keys, inside them blocks of queries; a block
-// of scores lives in L2, never an S × S matrix. Across blocks of keys the softmax is the online one
-// (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
+// A thread takes heads of one sequence (forward: of a chunk of its queries), one after the other, and
+// owns every element it writes: nothing is atomic, and neither the number of threads nor the other
+// sequences of the batch can change a bit. Each head walks blocks of keys, inside them blocks of
+// queries; a block of scores lives in L2, never an S × S matrix. Across blocks of keys the softmax is
+// the online one (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
 //
-// All arithmetic is in S = Compute<T>: tiles of a bf16 tensor are widened once a task, when they are
-// copied into the contiguous scratch that the products need in any case. (Rows of one head lie
-// 3·N·D elements apart: walked in place they would fall into a few sets of L1 and each cost a page.)
+// All arithmetic is in S = Compute<T>: tensors are widened when their rows are copied into the
+// contiguous scratch that the products need in any case. (Rows of one head lie 3·N·D elements apart:
+// walked in place they would fall into a few sets of L1 and each cost a page.)
 #pragma once
 
 #include <array>
@@ -21,10 +21,9 @@
 
 namespace fastbert::FASTBERT_ISA {
 
-/// A block of scores, and the queries of one forward task.
+/// A block of scores. (From 24 × 256 to 96 × 128 and 48 × 512 the speed is the same within 3 %.)
 constexpr int64_t kQueries = 64;
 constexpr int64_t kKeys = 256;
-constexpr int64_t kChunk = 512;
 
 /// Distance of two rows of a block of scores: an odd number of cache lines, since a product with the
 /// transposed block walks down a column and at 1 KB apart all its rows would share four sets of L1.
@@ -36,17 +35,23 @@ constexpr int64_t kScoreStride = kKeys + 64 / static_cast<int64_t>(sizeof(S));
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-/// What every task of a call shares.
+/// What every piece of a call shares.
 template <class T>
 struct Attention {
-  const T* qkv;  // (T, 3, N, D)
-  int64_t tokens, heads, dim;
-  Compute<T> scale;
-  Dropout dropout;          // its multipliers are 0 and 1 here; the factor 1 / (1 − p) of what is
-  Compute<T> kept_scale;  // kept goes with the linear ends, out and dout
+  using S = Compute<T>;
+  Attention(const void* qkv, int64_t tokens, int64_t heads, int64_t dim, double softmax_scale,
+            double dropout_p, uint64_t seed, uint32_t offset)
+      : qkv(static_cast<const T*>(qkv)),
+        tokens(tokens),
+        heads(heads),
+        dim(dim),
+        scale(static_cast<S>(softmax_scale)),
+        log2_scale(static_cast<S>(softmax_scale * kLog2E)),
+        dropout(make_dropout(dropout_p, seed, offset)),
+        kept_scale(static_cast<S>(dropout.scale)) {}
 
   /// Length of the rows of q, k, v, … in scratch: whole vectors.
-  int64_t padded_dim() const { return round_up(dim, kLanes<Compute<T>>); }
+  int64_t padded_dim() const { return round_up(dim, kLanes<S>); }
   /// One head's row of q (part 0), k (1) or v (2) in qkv, and of a tensor like out (T, N, D).
   int64_t qkv_row(int64_t token, int64_t part, int64_t head) const {
     return ((token * 3 + part) * heads + head) * dim;
@@ -54,17 +59,13 @@ struct Attention {
   int64_t qkv_stride() const { return 3 * heads * dim; }
   int64_t out_row(int64_t token, int64_t head) const { return (token * heads + head) * dim; }
   int64_t out_stride() const { return heads * dim; }
-};
 
-template <class T>
-FASTBERT_INLINE Attention<T> make_attention(const void* qkv, int64_t tokens, int64_t heads,
-                                            int64_t dim, double scale, double dropout_p,
-                                            uint64_t seed, uint32_t offset) {
-  Dropout dropout = make_dropout(dropout_p, seed, offset);
-  dropout.scale = 1.0f;
-  return {static_cast<const T*>(qkv),       tokens,  heads, dim,
-          static_cast<Compute<T>>(scale), dropout, static_cast<Compute<T>>(1.0 / (1.0 - dropout_p))};
-}
+  const T* qkv;  // (T, 3, N, D)
+  int64_t tokens, heads, dim;
+  S scale, log2_scale;
+  Dropout dropout;
+  S kept_scale;  // of what dropout keeps: goes with the linear ends, out and dout
+};
 
 /// What one thread does at a time: `queries` queries from `first_query` on of the sequence of `length`
 /// tokens that begins at `start`, for `heads` heads.
@@ -107,6 +108,17 @@ FASTBERT_INLINE void for_rows(const Dropout& dropout, const Block& block, Body b
   }
 }
 
+/// Brings rows near. Those about to be written too: a store to a line that is not there holds up the
+/// stores behind it until the line has come.
+template <class T>
+FASTBERT_INLINE void prefetch_rows(const T* from, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) {
+      __builtin_prefetch(from + i * stride + j, 0, 2);
+    }
+  }
+}
+
 // --------------------------------------------------------------------------------------- forward
 
 /// One step of the online softmax. Per row, with m the maximum so far (none before the first key):
@@ -119,26 +131,30 @@ void softmax_block(const Dropout& dropout, const Block& block, S* scores, S* max
   constexpr S kLowest = -std::numeric_limits<S>::infinity();
   const int64_t last = round_up(block.keys, L) - L;
   const int64_t tail = block.keys - last;
-  for_rows<S>(dropout, block, [&](int64_t i, auto kept) FASTBERT_INLINE_LAMBDA {
+  // Two loops over the rows, since in one the exponentials of a row would wait for the end of the
+  // chain that finds its maximum: a fifth of the time of all this.
+  for (int64_t i = 0; i < block.rows; ++i) {
     S* row = scores + i * kScoreStride<S>;
     if (tail < L) store<S>(row + last, keep<S>(load<S>(row + last), splat<S>(kLowest), Part{tail}));
     Vec<S> highest = load<S>(row);
     for (int64_t j = L; j <= last; j += L) highest = max<S>(highest, load<S>(row + j));
-    S top = horizontal_max<S>(highest);
+    const S top = horizontal_max<S>(highest);
     if (block.first_key == 0) {
+      maxima[i] = top;
       sums[i] = 0;
     } else if (top > maxima[i]) {
       const S factor = exp2(splat<S>(maxima[i] - top))[0];
-      sums[i] *= factor;
       S* o = out + i * width;
       for (int64_t d = 0; d < width; d += L) store<S>(o + d, factor * load<S>(o + d));
-    } else {
-      top = maxima[i];
+      maxima[i] = top;
+      sums[i] *= factor;
     }
-    maxima[i] = top;
+  }
+  for_rows<S>(dropout, block, [&](int64_t i, auto kept) FASTBERT_INLINE_LAMBDA {
+    S* row = scores + i * kScoreStride<S>;
     Vec<S> sum = {};
     for (int64_t j = 0; j <= last; j += L) {
-      const Vec<S> p = exp2(load<S>(row + j) - top);
+      const Vec<S> p = exp2(load<S>(row + j) - maxima[i]);
       sum += p;
       store<S>(row + j, p * kept(j));
     }
@@ -146,18 +162,18 @@ void softmax_block(const Dropout& dropout, const Block& block, S* scores, S* max
   });
 }
 
-/// out and lse of one piece and head.
+/// out and lse of one head of a piece.
 template <class T>
-void attention_fwd_task(const Attention<T>& in, const Piece& piece, int64_t head, T* out,
+void attention_fwd_head(const Attention<T>& in, const Piece& piece, int64_t head, T* out,
                         Compute<T>* lse) {
   using S = Compute<T>;
   const int64_t dim = in.dim, width = in.padded_dim(), stride = in.qkv_stride();
   const int64_t queries = piece.queries, first_token = piece.start + piece.first_query;
-  const auto [q, keys_t, values, scores, acc, maxima, sums] = scratch_arrays<S>(
-      {queries * width, round_up(kKeys, kPanel<S>) * dim, kKeys * width,
-       kQueries * kScoreStride<S>, queries * width, queries, queries});
+  const auto [q, keys_t, values, scores, acc, maxima, sums] =
+      scratch_arrays<S>({queries * width, round_up(kKeys, kPanel<S>) * dim, kKeys * width,
+                         kQueries * kScoreStride<S>, queries * width, queries, queries});
 
-  copy_rows(in.qkv + in.qkv_row(first_token, 0, head), stride, queries, dim, in.scale * static_cast<S>(kLog2E), q);
+  copy_rows(in.qkv + in.qkv_row(first_token, 0, head), stride, queries, dim, in.log2_scale, q);
   for (int64_t key = 0; key < piece.length; key += kKeys) {
     const int64_t keys = std::min(kKeys, piece.length - key);
     pack_transposed(in.qkv + in.qkv_row(piece.start + key, 1, head), stride, keys, dim, keys_t);
@@ -165,6 +181,9 @@ void attention_fwd_task(const Attention<T>& in, const Piece& piece, int64_t head
     for (int64_t i = 0; i < queries; i += kQueries) {
       const Block block = {head, first_token + i, std::min(kQueries, queries - i), key, keys};
       S* o = acc + i * width;
+      if (key == 0) {
+        prefetch_rows(out + in.out_row(block.first_token, head), in.out_stride(), block.rows, dim);
+      }
       multiply<S>(block.rows, round_up(keys, kLanes<S>), dim, q + i * width, width,
                   panel_major(keys_t, dim), scores, kScoreStride<S>, false);
       softmax_block<S>(in.dropout, block, scores, maxima + i, sums + i, o, width);
@@ -201,26 +220,27 @@ void softmax_gradient_block(const Dropout& dropout, const Block& block, const S*
   });
 }
 
-/// dqkv of one sequence and head.
+/// dqkv of one head of a piece, which is a whole sequence.
 template <class T>
-void attention_bwd_task(const Attention<T>& in, const Piece& piece, int64_t head, const T* dout,
+void attention_bwd_head(const Attention<T>& in, const Piece& piece, int64_t head, const T* dout,
                         const T* out, const Compute<T>* lse, T* dqkv) {
   using S = Compute<T>;
   const int64_t dim = in.dim, width = in.padded_dim(), stride = in.qkv_stride();
   const int64_t start = piece.start, length = piece.length;
   const int64_t panels = round_up(kKeys, kPanel<S>) * dim, block_size = kQueries * kScoreStride<S>;
-  const auto [q, grad, dq, delta, keys_t, values_t, k, dk, dv, scores, dp] = scratch_arrays<S>(
-      {length * width, length * width, length * width, length, panels, panels, kKeys * width,
-       kKeys * width, kKeys * width, block_size, block_size});
+  const auto [q, grad, dq, delta, keys_t, values_t, k, dk, dv, scores, dp] =
+      scratch_arrays<S>({length * width, length * width, length * width, length, panels, panels,
+                         kKeys * width, kKeys * width, kKeys * width, block_size, block_size});
 
-  copy_rows(in.qkv + in.qkv_row(start, 0, head), stride, length, dim, in.scale * static_cast<S>(kLog2E), q);
+  copy_rows(in.qkv + in.qkv_row(start, 0, head), stride, length, dim, in.log2_scale, q);
   copy_rows(dout + in.out_row(start, head), in.out_stride(), length, dim, in.kept_scale, grad);
   for (int64_t i = 0; i < length; ++i) {
     const T* out_row = out + in.out_row(start + i, head);
     const T* dout_row = dout + in.out_row(start + i, head);
-    delta[i] = accumulate<S, 1>(dim, [&](int64_t d, auto lanes, Vec<S>* sum) FASTBERT_INLINE_LAMBDA {
-                 sum[0] += load<S>(dout_row + d, lanes) * load<S>(out_row + d, lanes);
-               }).total[0];
+    delta[i] =
+        accumulate<S, 1>(dim, [&](int64_t d, auto lanes, Vec<S>* sum) FASTBERT_INLINE_LAMBDA {
+          sum[0] += load<S>(dout_row + d, lanes) * load<S>(out_row + d, lanes);
+        }).total[0];
   }
   for (int64_t key = 0; key < length; key += kKeys) {
     const int64_t keys = std::min(kKeys, length - key), columns = round_up(keys, kLanes<S>);
@@ -233,6 +253,9 @@ void attention_bwd_task(const Attention<T>& in, const Piece& piece, int64_t head
       const Block block = {head, start + i, std::min(kQueries, length - i), key, keys};
       const S* q_rows = q + i * width;
       const S* grad_rows = grad + i * width;
+      for (int64_t part = 0; key == 0 && part < 3; ++part) {
+        prefetch_rows(dqkv + in.qkv_row(block.first_token, part, head), stride, block.rows, dim);
+      }
       multiply<S>(block.rows, columns, dim, q_rows, width, panel_major(keys_t, dim), scores,
                   kScoreStride<S>, false);
       multiply<S>(block.rows, columns, dim, grad_rows, width, panel_major(values_t, dim), dp,
@@ -243,10 +266,11 @@ void attention_bwd_task(const Attention<T>& in, const Piece& piece, int64_t head
                         row_major(grad_rows, width), dv, width, i > 0);
       multiply<S, true>(keys, width, block.rows, dp, kScoreStride<S>, row_major(q_rows, width), dk,
                         width, i > 0);
-      multiply<S>(block.rows, width, keys, dp, kScoreStride<S>, row_major(k, width),
-                  dq + i * width, width, key > 0);
+      multiply<S>(block.rows, width, keys, dp, kScoreStride<S>, row_major(k, width), dq + i * width,
+                  width, key > 0);
     }
-    write_rows(dk, keys, dim, static_cast<S>(kLn2), dqkv + in.qkv_row(start + key, 1, head), stride);
+    write_rows(dk, keys, dim, static_cast<S>(kLn2), dqkv + in.qkv_row(start + key, 1, head),
+               stride);
     write_rows(dv, keys, dim, S{1}, dqkv + in.qkv_row(start + key, 2, head), stride);
   }
   write_rows(dq, length, dim, in.scale, dqkv + in.qkv_row(start, 0, head), stride);
@@ -254,51 +278,53 @@ void attention_bwd_task(const Attention<T>& in, const Piece& piece, int64_t head
 
 // ----------------------------------------------------------------------------------------- calls
 
-/// Asks for rows in the order in which they lie in memory.
+/// Asks for the rows of a piece in `tensor` (T, parts, N, D), in the order in which they lie in memory.
+/// One head after the other, rows of 128 bytes that are 4608 bytes apart (D = 32, N = 12) are no
+/// stream that the hardware would follow: waiting for them took a quarter of the time.
 template <class T>
-FASTBERT_INLINE void prefetch_rows(const T* from, int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) {
-      __builtin_prefetch(from + i * stride + j, 0, 2);
-    }
+FASTBERT_INLINE void prefetch_piece(const Attention<T>& in, const Piece& piece, const T* tensor,
+                                    int64_t parts) {
+  if (piece.heads == 1) return;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = (piece.start * parts + part) * in.heads + piece.first_head;
+    prefetch_rows(tensor + first * in.dim, parts * in.heads * in.dim, piece.length,
+                  piece.heads * in.dim);
   }
 }
 
-/// task(piece) for pieces of at most `chunk` queries that are all heads of all sequences together, the
-/// longest first: a long one that began last would keep one thread busy while the others wait.
-///
-/// Short heads come several to a piece, so that one prefetch can bring their rows, `head_bytes` a
-/// token and head, in memory order: head by head, rows of 128 bytes 4608 bytes apart (D = 32, N = 12)
-/// are no stream that the hardware would follow, and waiting for them took a quarter of the time.
-template <class Task>
-FASTBERT_INLINE void for_pieces(const int32_t* cu_seqlens, int64_t num_sequences, int64_t tokens,
-                                int64_t heads, int64_t dim, int64_t head_bytes, int64_t chunk,
+/// task(piece) for pieces of at most `chunk` queries that together are all heads of all sequences.
+/// `row_bytes`: what a head reads and writes of the tensors, a token.
+template <class T, class Task>
+FASTBERT_INLINE void for_pieces(const Attention<T>& in, const int32_t* cu_seqlens,
+                                int64_t num_sequences, int64_t row_bytes, int64_t chunk,
                                 int num_threads, const Task& task) {
-  constexpr int64_t kPrefetchBytes = 1 << 20;  // half of a large L2, all of a small one
-  constexpr int64_t kThreadWork = 1 << 18;     // multiply-adds that pay for waking a thread
-  const int64_t together = std::max<int64_t>(1, num_sequences * heads / (4 * num_threads));
-  const int64_t most = (num_sequences + tokens / chunk) * heads;
+  constexpr int64_t kPieceBytes = 1 << 20;  // stays in L2 beside the scratch
+  constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds that pay for waking a thread
+  const int64_t most = (num_sequences + in.tokens / chunk) * in.heads;
   Piece* pieces = thread_scratch<Piece>(Scratch::kShared, most);
   int64_t count = 0, work = 0;
+  // Several heads a piece where that leaves four pieces or more for each thread.
+  const int64_t spare = num_sequences * in.heads / (4 * num_threads);
   for (int64_t b = 0; b < num_sequences; ++b) {
     const int64_t start = cu_seqlens[b], length = cu_seqlens[b + 1] - start;
     if (length == 0) continue;
-    const int64_t group =
-        std::clamp<int64_t>(kPrefetchBytes / (length * head_bytes), 1, std::min(together, heads));
+    const int64_t fit = std::min({kPieceBytes / (length * row_bytes), spare, in.heads});
+    const int64_t group = std::max<int64_t>(fit, 1);
     for (int64_t query = 0; query < length; query += chunk) {
-      for (int64_t head = 0; head < heads; head += group) {
-        pieces[count++] = {start, length, query, std::min(chunk, length - query),
-                           head,  std::min(group, heads - head)};
+      for (int64_t head = 0; head < in.heads; head += group) {
+        pieces[count++] = {start, length,
+                           query, std::min(chunk, length - query),
+                           head,  std::min(group, in.heads - head)};
       }
     }
-    work += 2 * length * length * dim * heads;
+    work += 2 * in.heads * length * length * in.dim;
   }
-  const auto cost = [](const Piece& piece) { return piece.queries * piece.length * piece.heads; };
-  std::sort(pieces, pieces + count,
-            [&](const Piece& a, const Piece& b) { return cost(a) > cost(b); });
-  const int threads =
-      static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(num_threads, 1)));
-  parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
+  // The longest first: one that began last would keep a thread busy while the others wait.
+  std::sort(pieces, pieces + count, [](const Piece& a, const Piece& b) {
+    return a.queries * a.length * a.heads > b.queries * b.length * b.heads;
+  });
+  const int64_t threads = std::clamp<int64_t>(work / kThreadWork, 1, num_threads);
+  parallel_for(count, 1, static_cast<int>(threads), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(pieces[i]);
   });
 }
@@ -307,26 +333,33 @@ FASTBERT_INLINE void for_pieces(const int32_t* cu_seqlens, int64_t num_sequences
 template <class F>
 FASTBERT_INLINE void with_storage(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(bf16{});
-    case DType::kFloat64: return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat64:
+      return f(double{});
   }
 }
 
-/// See KernelTable (ops.h). The pieces are cut by cu_seqlens alone; max_seqlen is for GPU grids.
+/// See KernelTable (ops.h). Pieces are cut by cu_seqlens alone; max_seqlen is for the grids of GPUs.
 inline void attention_fwd(const void* qkv, const int32_t* cu_seqlens, int64_t num_sequences,
                           int64_t num_tokens, int64_t heads, int64_t head_dim,
                           int64_t /*max_seqlen*/, double softmax_scale, double dropout_p,
                           uint64_t seed, uint32_t offset, void* out, void* lse, DType dtype,
                           int num_threads) {
+  constexpr int64_t kChunk = 512;  // a long sequence is shared among threads
   with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
-    using S = Compute<T>;
-    const Attention<T> in = make_attention<T>(qkv, num_tokens, heads, head_dim, softmax_scale,
-                                              dropout_p, seed, offset);
-    for_pieces(cu_seqlens, num_sequences, num_tokens, heads, kChunk, num_threads,
-               [&](const Piece& piece, int64_t head) {
-                 attention_fwd_task(in, piece, head, static_cast<T*>(out), static_cast<S*>(lse));
+    const Attention<T> in(qkv, num_tokens, heads, head_dim, softmax_scale, dropout_p, seed, offset);
+    const int64_t row_bytes = 4 * head_dim * sizeof(T);
+    for_pieces(in, cu_seqlens, num_sequences, row_bytes, kChunk, num_threads,
+               [&](const Piece& piece) {
+                 prefetch_piece(in, piece, in.qkv, 3);
+                 for (int64_t i = 0; i < piece.heads; ++i) {
+                   attention_fwd_head(in, piece, piece.first_head + i, static_cast<T*>(out),
+                                      static_cast<Compute<T>*>(lse));
+                 }
                });
   });
 }
@@ -336,16 +369,22 @@ inline void attention_bwd(const void* dout, const void* qkv, const void* out, co
                           int64_t heads, int64_t head_dim, int64_t /*max_seqlen*/,
                           double softmax_scale, double dropout_p, uint64_t seed, uint32_t offset,
                           void* dqkv, DType dtype, int num_threads) {
+  constexpr int64_t kWhole = std::numeric_limits<int32_t>::max();
   with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
-    using S = Compute<T>;
-    const Attention<T> in = make_attention<T>(qkv, num_tokens, heads, head_dim, softmax_scale,
-                                              dropout_p, seed, offset);
-    for_pieces(cu_seqlens, num_sequences, num_tokens, heads, num_tokens, num_threads,
-               [&](const Piece& piece, int64_t head) {
-                 attention_bwd_task(in, piece, head, static_cast<const T*>(dout),
-                                    static_cast<const T*>(out), static_cast<const S*>(lse),
-                                    static_cast<T*>(dqkv));
+    const Attention<T> in(qkv, num_tokens, heads, head_dim, softmax_scale, dropout_p, seed, offset);
+    const int64_t row_bytes = 8 * head_dim * sizeof(T);
+    for_pieces(in, cu_seqlens, num_sequences, row_bytes, kWhole, num_threads,
+               [&](const Piece& piece) {
+                 prefetch_piece(in, piece, in.qkv, 3);
+                 prefetch_piece(in, piece, static_cast<const T*>(dout), 1);
+                 prefetch_piece(in, piece, static_cast<const T*>(out), 1);
+
+                 for (int64_t i = 0; i < piece.heads; ++i) {
+                   attention_bwd_head(in, piece, piece.first_head + i, static_cast<const T*>(dout),
+                                      static_cast<const T*>(out),
+                                      static_cast<const Compute<T>*>(lse), static_cast<T*>(dqkv));
+                 }
                });
   });
 }

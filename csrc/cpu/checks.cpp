@@ -65,8 +65,7 @@ void check_cu_seqlens(const int32_t* cu_seqlens, int64_t num_sequences, int64_t 
   }
   if (cu_seqlens[num_sequences] != num_tokens) {
     throw std::invalid_argument(element("cu_seqlens", num_sequences, cu_seqlens[num_sequences]) +
-                                " must end at the number of tokens, " +
-                                std::to_string(num_tokens));
+                                " must end at the number of tokens, " + std::to_string(num_tokens));
   }
 }
 

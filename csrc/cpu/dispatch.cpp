@@ -74,8 +74,8 @@ void set_isa(const std::string& name) {
     }
     available += (available.empty() ? "" : ", ") + std::string(unit.name);
   }
-  throw std::invalid_argument("isa = '" + name + "' is not available here; this machine has: " +
-                              available);
+  throw std::invalid_argument("isa = '" + name +
+                              "' is not available here; this machine has: " + available);
 }
 
 }  // namespace fastbert

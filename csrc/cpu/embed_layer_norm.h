@@ -25,8 +25,7 @@ struct Embeddings {
   FASTBERT_INLINE S gather(int64_t token, int64_t cols, S* out) const {
     const T* word_row = word + input_ids[token] * cols;
     const T* position_row = position + position_ids[token] * cols;
-    const T* type_row =
-        token_type == nullptr ? nullptr : token_type + token_type_ids[token] * cols;
+    const T* type_row = token_type == nullptr ? nullptr : token_type + token_type_ids[token] * cols;
     const auto sums =
         accumulate<S, 1>(cols, [=](int64_t i, auto lanes, Vec<S>* acc) FASTBERT_INLINE_LAMBDA {
           Vec<S> e = load<S>(word_row + i, lanes) + load<S>(position_row + i, lanes);
@@ -65,6 +64,7 @@ inline void embed_layer_norm_fwd(const int64_t* input_ids, const int64_t* positi
     parallel_for(rows, row_grain(cols), num_threads, [=](int64_t begin, int64_t end) {
       S* e = thread_scratch<S>(Scratch::kRow, cols);
       float* mask = dropout_scratch(dropout, cols);
+      const S kept_scale = static_cast<S>(dropout.scale);
       for (int64_t row = begin; row < end; ++row) {
         T* y = row_of<T>(y_ptr, row, cols);
         if (dropout.active) dropout_row(dropout, static_cast<uint32_t>(row), 0, 0, cols, mask);
@@ -73,7 +73,7 @@ inline void embed_layer_norm_fwd(const int64_t* input_ids, const int64_t* positi
         for_vectors<S>(cols, [=](int64_t i, auto lanes) FASTBERT_INLINE_LAMBDA {
           const Vec<S> x_hat = (load<S>(e + i, lanes) - statistics.mean) * statistics.rstd;
           Vec<S> value = x_hat * load<S>(weight + i, lanes) + load<S>(bias + i, lanes);
-          if (dropout.active) value *= load<S>(mask + i, lanes);
+          if (dropout.active) value *= kept_scale * load<S>(mask + i, lanes);
           store<S>(y + i, value, lanes);
         });
         means[row] = statistics.mean;
@@ -129,12 +129,12 @@ void scatter_sum(const S* grads, const int64_t* ids, int64_t tokens, int64_t col
 inline void embed_layer_norm_bwd(const void* dy_ptr, const int64_t* input_ids,
                                  const int64_t* position_ids, const int64_t* token_type_ids,
                                  const void* word, const void* position, const void* token_type,
-                                 const void* weight_ptr, const void* mean_ptr,
-                                 const void* rstd_ptr, int64_t rows, int64_t cols, int64_t vocab,
-                                 int64_t positions, int64_t types, double dropout_p, uint64_t seed,
-                                 uint32_t offset, void* dword, void* dposition, void* dtoken_type,
-                                 void* dweight_ptr, void* dbias_ptr, DType dtype,
-                                 DType vector_dtype, int num_threads) {
+                                 const void* weight_ptr, const void* mean_ptr, const void* rstd_ptr,
+                                 int64_t rows, int64_t cols, int64_t vocab, int64_t positions,
+                                 int64_t types, double dropout_p, uint64_t seed, uint32_t offset,
+                                 void* dword, void* dposition, void* dtoken_type, void* dweight_ptr,
+                                 void* dbias_ptr, DType dtype, DType vector_dtype,
+                                 int num_threads) {
   const Dropout dropout = make_dropout(dropout_p, seed, offset);
   with_dtypes(dtype, vector_dtype, [=](auto t, auto v) {
     using T = typename decltype(t)::type;
@@ -157,6 +157,7 @@ inline void embed_layer_norm_bwd(const void* dy_ptr, const int64_t* input_ids,
       S* e = thread_scratch<S>(Scratch::kRow, cols);
       S* upstream = thread_scratch<S>(Scratch::kGradRow, cols);
       float* mask = dropout_scratch(dropout, cols);
+      const S kept_scale = static_cast<S>(dropout.scale);
       for (int64_t block = first; block < last; ++block) {
         S* dweight = sums.start(block);
         S* dbias = dweight + cols;
@@ -166,15 +167,14 @@ inline void embed_layer_norm_bwd(const void* dy_ptr, const int64_t* input_ids,
           if (dropout.active) dropout_row(dropout, static_cast<uint32_t>(row), 0, 0, cols, mask);
           for_vectors<S>(cols, [=](int64_t i, auto lanes) FASTBERT_INLINE_LAMBDA {
             Vec<S> value = load<S>(dy + i, lanes);
-            if (dropout.active) value *= load<S>(mask + i, lanes);
+            if (dropout.active) value *= kept_scale * load<S>(mask + i, lanes);
             store<S>(upstream + i, value, lanes);
           });
           embeddings.template gather<S>(row, cols, e);
           layer_norm_bwd_row<S>(upstream, e, weight, RowStatistics<S>{mean[row], rstd[row]}, cols,
                                 dweight, dbias,
-                                [=](int64_t i, auto lanes, Vec<S> de) FASTBERT_INLINE_LAMBDA {
-                                  store<S>(grad + i, de, lanes);
-                                });
+                                [=](int64_t i, auto lanes, Vec<S> de)
+                                    FASTBERT_INLINE_LAMBDA { store<S>(grad + i, de, lanes); });
         }
       }
     });

@@ -12,9 +12,9 @@ namespace fastbert::FASTBERT_ISA {
 
 const KernelTable& kernel_table() {
   static const KernelTable table = {
-      &attention_fwd,        &attention_bwd,        &bias_gelu_fwd,        &bias_gelu_bwd,
-      &add_layer_norm_fwd,   &add_layer_norm_bwd,   &embed_layer_norm_fwd, &embed_layer_norm_bwd,
-      &cross_entropy_rows,   &gather_rows,          &scatter_rows,
+      &attention_fwd,      &attention_bwd,      &bias_gelu_fwd,        &bias_gelu_bwd,
+      &add_layer_norm_fwd, &add_layer_norm_bwd, &embed_layer_norm_fwd, &embed_layer_norm_bwd,
+      &cross_entropy_rows, &gather_rows,        &scatter_rows,
   };
   return table;
 }

@@ -114,8 +114,7 @@ void multiply(int64_t m, int64_t n, int64_t k, const S* a, int64_t lda, Panels<S
   for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
     const int64_t depth = std::min(kDepth, k - k0);
     for (int64_t j = 0; j < n;) {
-      const S* panel =
-          b.data + j / kPanel<S> * b.panel_stride + j % kPanel<S> + k0 * b.row_stride;
+      const S* panel = b.data + j / kPanel<S> * b.panel_stride + j % kPanel<S> + k0 * b.row_stride;
       const auto run = [&](auto vectors) FASTBERT_INLINE_LAMBDA {
         multiply_panel<S, kTransposedA, decltype(vectors)::value>(
             m, depth, a, lda, panel, b.row_stride, c + j, ldc, accumulate || k0 > 0);

@@ -40,7 +40,8 @@ struct Region {
 
 // ------------------------------------------------------------------------ OpenMP, where it lives
 
-using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads,
+                              unsigned flags);
 
 /// GOMP_parallel of the libgomp that is already in the process (torch's before another). Nothing is
 /// ever loaded for it, so a process without OpenMP stays one.
@@ -165,7 +166,7 @@ class Pool {
   Region* region_ = nullptr;
   std::atomic<uint64_t> generation_{0};
   int workers_ = 0;
-  int seats_ = 0;                // workers that may still join the region
+  int seats_ = 0;               // workers that may still join the region
   std::atomic<int> seated_{0};  // workers in it
 };
 

@@ -41,7 +41,7 @@ enum class Scratch : int {
   kShared,    // what all threads of the op read (lists of work, of tokens);
   kRow,       // of each thread in a region: one row,
   kGradRow,   // its gradient,
-  kMask,      // its dropout multipliers,
+  kMask,      // its dropout mask,
   kAttention,
   kCount
 };

@@ -15,22 +15,22 @@ struct Dropout {
   uint32_t key[2];
   uint32_t offset;
   uint32_t threshold;
-  float scale;
-  bool active;  // false for p = 0: every multiplier is 1 and nothing is computed
+  double scale;  // of what is kept, 1 / (1 − p)
+  bool active;   // false for p = 0: all is kept and nothing is computed
 };
 
 FASTBERT_INLINE Dropout make_dropout(double p, uint64_t seed, uint32_t offset) {
   return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
           offset,
           static_cast<uint32_t>(p * 4294967296.0),
-          static_cast<float>(1.0 / (1.0 - p)),
+          1.0 / (1.0 - p),
           p > 0.0};
 }
 
 /// The columns that one call of the generator serves: four words a lane.
 constexpr int64_t kPhiloxColumns = 4 * kLanes<float>;
 
-/// Room for `cols` multipliers as dropout_row() writes them: whole groups of kPhiloxColumns.
+/// Room for the mask of `cols` columns as dropout_row() writes it: whole groups of kPhiloxColumns.
 constexpr int64_t padded_columns(int64_t cols) {
   return (cols + kPhiloxColumns - 1) / kPhiloxColumns * kPhiloxColumns;
 }
@@ -38,8 +38,8 @@ constexpr int64_t padded_columns(int64_t cols) {
 /// The 64-bit products of the even lanes of `a` with `factor`.
 FASTBERT_INLINE BitsVec multiply_even(BitsVec a, BitsVec factor) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<BitsVec>(_mm512_maskz_mul_epu32(
-      0xff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(factor)));
+  return reinterpret_cast<BitsVec>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a),
+                                                          reinterpret_cast<__m512i>(factor)));
 #elif defined(__AVX2__)
   return reinterpret_cast<BitsVec>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(factor)));
@@ -96,8 +96,8 @@ FASTBERT_INLINE void transpose_blocks(Vec<float> v[4]) {
   v[3] = __builtin_shuffle(high01, high23, pairs + 2);
 }
 
-/// Multipliers (0 or 1 / (1 − p)) of the columns [first, first + cols) of one row. `first` is a
-/// multiple of 4; `out` has room for padded_columns(cols).
+/// The mask of the columns [first, first + cols) of one row: 1 where an element is kept, else 0.
+/// `first` is a multiple of 4; `out` has room for padded_columns(cols).
 FASTBERT_INLINE void dropout_row(const Dropout& dropout, uint32_t row, uint32_t plane,
                                  int64_t first, int64_t cols, float* out) {
   constexpr int64_t L = kLanes<float>;
@@ -106,19 +106,19 @@ FASTBERT_INLINE void dropout_row(const Dropout& dropout, uint32_t row, uint32_t 
   const IntVec<float> lane = lane_index<float>();
   const BitsVec counter_of_lane = reinterpret_cast<BitsVec>(lane % 4 * (L / 4) + lane / 4);
   for (int64_t col = 0; col < cols; col += kPhiloxColumns) {
-    BitsVec word[4] = {counter_of_lane + static_cast<uint32_t>((first + col) / 4),
-                       BitsVec{} + row, BitsVec{} + dropout.offset, BitsVec{} + plane};
+    BitsVec word[4] = {counter_of_lane + static_cast<uint32_t>((first + col) / 4), BitsVec{} + row,
+                       BitsVec{} + dropout.offset, BitsVec{} + plane};
     philox(word, dropout.key[0], dropout.key[1]);
     Vec<float> keep_word[4];
     for (int w = 0; w < 4; ++w) {
-      keep_word[w] = word[w] >= dropout.threshold ? splat<float>(dropout.scale) : Vec<float>{};
+      keep_word[w] = word[w] >= dropout.threshold ? splat<float>(1.0f) : Vec<float>{};
     }
     transpose_blocks(keep_word);
     for (int w = 0; w < 4; ++w) store<float>(out + col + w * L, keep_word[w]);
   }
 }
 
-/// The calling thread's room for one row of multipliers; nullptr without dropout.
+/// The calling thread's room for the mask of one row; nullptr without dropout.
 FASTBERT_INLINE float* dropout_scratch(const Dropout& dropout, int64_t cols) {
   return dropout.active ? thread_scratch<float>(Scratch::kMask, padded_columns(cols)) : nullptr;
 }

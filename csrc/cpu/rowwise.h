@@ -60,9 +60,7 @@ struct RowBlocks {
         count((rows + size - 1) / size) {}
 
   int64_t begin(int64_t block) const { return block * size; }
-  int64_t end(int64_t block) const {
-    return (block + 1) * size < rows ? (block + 1) * size : rows;
-  }
+  int64_t end(int64_t block) const { return (block + 1) * size < rows ? (block + 1) * size : rows; }
 
   static constexpr int64_t kMaxBlocks = 64;
   static constexpr int64_t kMinSize = 16;

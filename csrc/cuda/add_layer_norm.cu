@@ -1,7 +1,8 @@
 // y = LayerNorm(residual + dropout(x + x_bias)) and its gradients: one warp a row.
 //
-// Rows of up to 1024 columns stay in the warp's registers, loaded once in 16-byte vectors (768 bf16 are
-// three a lane); see add_layer_norm_wide.cuh for other widths and for pointers off 16-byte boundaries.
+// Rows of up to 1024 columns stay in the warp's registers, loaded once in 16-byte vectors (768 bf16
+// are three a lane); see add_layer_norm_wide.cuh for other widths and for pointers off 16-byte
+// boundaries.
 #include <algorithm>
 
 #include "add_layer_norm_wide.cuh"
@@ -9,7 +10,8 @@
 namespace fastbert::cuda {
 namespace {
 
-// Bounds on registers, 128 and 255: left to itself ptxas spills a few for an occupancy without use here.
+// Bounds on registers, 128 and 255: left to itself ptxas spills a few for an occupancy without use
+// here.
 constexpr int kForwardBlocksPerSM = 4;
 constexpr int kBackwardBlocksPerSM = 2;
 
@@ -39,7 +41,8 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps, kForwardBlocksPerSM)
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     x[v].clear();
-    if (Layout::col(v) < cols) x[v].load_read_only(static_cast<const T*>(p.x) + offset + Layout::col(v));
+    if (Layout::col(v) < cols)
+      x[v].load_read_only(static_cast<const T*>(p.x) + offset + Layout::col(v));
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -124,7 +127,8 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps, kBackwardBlocksPerSM)
   const int cols = static_cast<int>(p.cols);
   const float inverse_cols = 1.0f / static_cast<float>(cols);
   const Philox philox(p.dropout);
-  float dweight[kVectors][kWidth] = {}, dbias[kVectors][kWidth] = {}, dx_bias[kVectors][kWidth] = {};
+  float dweight[kVectors][kWidth] = {}, dbias[kVectors][kWidth] = {},
+        dx_bias[kVectors][kWidth] = {};
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowWarps;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y; row < p.rows;
@@ -213,9 +217,9 @@ void with_layout(int dtype, int64_t cols, bool aligned, const char* op, Body&& b
 
 const dim3 kRowBlock(kWarpSize, kRowWarps);
 
-/// Groups of rows in backward, one block each: at least 8 rows a warp, to make the 3 · cols floats that a
-/// group writes worth it, and at most a few waves of any GPU. A function of the shape alone, for it
-/// fixes the order of the sums.
+/// Groups of rows in backward, one block each: at least 8 rows a warp, to make the 3 · cols floats
+/// that a group writes worth it, and at most a few waves of any GPU. A function of the shape alone,
+/// for it fixes the order of the sums.
 int64_t backward_groups(int64_t rows) {
   return std::clamp<int64_t>(ceil_div<int64_t>(rows, 8 * kRowWarps), 1, 512);
 }
@@ -228,8 +232,17 @@ void add_layer_norm_fwd(const void* x, const void* residual, const void* x_bias,
                         int64_t dropout_offset, int dtype, int vector_dtype, cudaStream_t stream) {
   constexpr const char* kOp = "add_layer_norm_fwd";
   const bool is_float32 = vectors_are_float32(dtype, vector_dtype, kOp);
-  const LayerNormForward p{x, residual, {x_bias, is_float32}, {weight, is_float32},
-                           {bias, is_float32}, y, z, mean, rstd, rows, cols,
+  const LayerNormForward p{x,
+                           residual,
+                           {x_bias, is_float32},
+                           {weight, is_float32},
+                           {bias, is_float32},
+                           y,
+                           z,
+                           mean,
+                           rstd,
+                           rows,
+                           cols,
                            static_cast<float>(eps),
                            make_dropout(dropout_p, dropout_seed, dropout_offset, kOp)};
   if (rows == 0 || cols == 0) return;
@@ -259,8 +272,18 @@ void add_layer_norm_bwd(const void* dy, const void* z, const void* weight, const
                         int dtype, int vector_dtype, cudaStream_t stream) {
   constexpr const char* kOp = "add_layer_norm_bwd";
   const int64_t groups = backward_groups(rows);
-  const LayerNormBackward p{dy, z, {weight, vectors_are_float32(dtype, vector_dtype, kOp)}, mean,
-                            rstd, dz, dx, workspace, groups, rows, cols, dx_bias != nullptr,
+  const LayerNormBackward p{dy,
+                            z,
+                            {weight, vectors_are_float32(dtype, vector_dtype, kOp)},
+                            mean,
+                            rstd,
+                            dz,
+                            dx,
+                            workspace,
+                            groups,
+                            rows,
+                            cols,
+                            dx_bias != nullptr,
                             make_dropout(dropout_p, dropout_seed, dropout_offset, kOp)};
   if (rows > 0 && p.dropout.active && dx == nullptr) {
     throw std::invalid_argument(std::string(kOp) + ": dx is missing with dropout_p > 0");

@@ -1,6 +1,6 @@
-// What the add_layer_norm kernels share, and the kernels for rows that do not fit a warp's registers or
-// whose addresses are not multiples of 16 bytes. These pass over a row several times; kWidth is the
-// number of elements in 16 bytes, or 1.
+// What the add_layer_norm kernels share, and the kernels for rows that do not fit a warp's
+// registers or whose addresses are not multiples of 16 bytes. These pass over a row several times;
+// kWidth is the number of elements in 16 bytes, or 1.
 #pragma once
 
 #include "philox.cuh"
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps)
   const Philox philox(p.dropout);
 
   // g = dy · weight and n = (z − mean) · rstd.
-  const auto load_g_n = [&](int64_t col, float(&g)[kWidth], float(&n)[kWidth]) {
+  const auto load_g_n = [&](int64_t col, float (&g)[kWidth], float (&n)[kWidth]) {
     float weight[kWidth];
     load<T, kWidth>(static_cast<const T*>(p.dy) + offset + col, g);
     load<T, kWidth>(static_cast<const T*>(p.z) + offset + col, n);
@@ -177,8 +177,8 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps)
   }
 }
 
-/// Partial sums of dweight, dbias and dx_bias: a lane owns kWidth columns and walks down the rows of
-/// its group, grid (column blocks, groups).
+/// Partial sums of dweight, dbias and dx_bias: a lane owns kWidth columns and walks down the rows
+/// of its group, grid (column blocks, groups).
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kWarpSize* kColumnWarps)
     add_layer_norm_wide_sums_kernel(const LayerNormBackward p) {

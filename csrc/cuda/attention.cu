@@ -33,10 +33,14 @@ bool try_launch_mma(const AttentionForward& p, int64_t batch, int64_t max_seqlen
     return true;
   };
   switch (p.head_dim) {
-    case 32: return with_dropout(std::integral_constant<int, 32>{});
-    case 64: return with_dropout(std::integral_constant<int, 64>{});
-    case 128: return with_dropout(std::integral_constant<int, 128>{});
-    default: return false;
+    case 32:
+      return with_dropout(std::integral_constant<int, 32>{});
+    case 64:
+      return with_dropout(std::integral_constant<int, 64>{});
+    case 128:
+      return with_dropout(std::integral_constant<int, 128>{});
+    default:
+      return false;
   }
 }
 
@@ -56,12 +60,19 @@ void launch_any(AttentionForward p, int64_t batch, int64_t max_seqlen, cudaStrea
 
 }  // namespace
 
-void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float* lse, int64_t tokens,
-                   int64_t batch, int64_t heads, int64_t head_dim, int64_t max_seqlen,
-                   double softmax_scale, double dropout_p, const int64_t* dropout_seed,
-                   int64_t dropout_offset, int dtype, cudaStream_t stream) {
-  const AttentionForward p{qkv, cu_seqlens, out, lse, tokens, static_cast<int>(heads),
-                           static_cast<int>(head_dim), /*query_tiles=*/0,
+void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float* lse,
+                   int64_t tokens, int64_t batch, int64_t heads, int64_t head_dim,
+                   int64_t max_seqlen, double softmax_scale, double dropout_p,
+                   const int64_t* dropout_seed, int64_t dropout_offset, int dtype,
+                   cudaStream_t stream) {
+  const AttentionForward p{qkv,
+                           cu_seqlens,
+                           out,
+                           lse,
+                           tokens,
+                           static_cast<int>(heads),
+                           static_cast<int>(head_dim),
+                           /*query_tiles=*/0,
                            static_cast<float>(softmax_scale),
                            make_dropout(dropout_p, dropout_seed, dropout_offset, kOp)};
   if (tokens == 0 || heads == 0 || head_dim == 0 || max_seqlen == 0) return;

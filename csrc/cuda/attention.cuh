@@ -20,8 +20,8 @@ struct AttentionForward {
   Dropout dropout;
 };
 
-/// The tile of queries, head and sequence of a block. One-dimensional grids take any batch, and blocks
-/// that share keys and values are neighbours, whose second reads come from L2.
+/// The tile of queries, head and sequence of a block. One-dimensional grids take any batch, and
+/// blocks that share keys and values are neighbours, whose second reads come from L2.
 struct AttentionBlock {
   int tile, head;
   int start;   // first token of the sequence

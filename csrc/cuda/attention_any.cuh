@@ -1,5 +1,5 @@
-// Attention forward for fp32 and for any head dimension, alignment and scale: one warp a query, in plain
-// arithmetic. Correct everywhere, fast nowhere.
+// Attention forward for fp32 and for any head dimension, alignment and scale: one warp a query, in
+// plain arithmetic. Correct everywhere, fast nowhere.
 #pragma once
 
 #include "attention.cuh"
@@ -11,8 +11,8 @@ constexpr int64_t attention_any_warp_bytes(int64_t head_dim) {
   return static_cast<int64_t>(sizeof(float)) * (2 * head_dim + kWarpSize);
 }
 
-/// Online softmax over 32 keys at a time: for scores each lane takes a key, for the output each lane
-/// takes every 32nd dimension.
+/// Online softmax over 32 keys at a time: for scores each lane takes a key, for the output each
+/// lane takes every 32nd dimension.
 template <typename T>
 __global__ void attention_fwd_any_kernel(const AttentionForward p) {
   const AttentionBlock block(p);

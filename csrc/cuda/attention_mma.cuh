@@ -1,6 +1,7 @@
-// Attention forward on tensor cores (mma.sync, sm_80 and later) in bf16 and fp16, after FlashAttention-2
-// (Dao 2023, algorithm 1): a block takes a tile of queries of one head and sequence, walks over the keys in
-// tiles of 64, and keeps scores, probabilities and output in registers.
+// Attention forward on tensor cores (mma.sync, sm_80 and later) in bf16 and fp16, after
+// FlashAttention-2 (Dao 2023, algorithm 1): a block takes a tile of queries of one head and
+// sequence, walks over the keys in tiles of 64, and keeps scores, probabilities and output in
+// registers.
 #pragma once
 
 #include "attention.cuh"
@@ -13,10 +14,10 @@ struct AttentionTile {
   static_assert(sizeof(T) == 2 && (kHeadDim == 32 || kHeadDim % 64 == 0));
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
-  // 16-row MMA tiles a warp: two share every key and value fragment, which halves the traffic from shared
-  // memory; at 128 dimensions there are registers for one.
+  // 16-row MMA tiles a warp: two share every key and value fragment, which halves the traffic from
+  // shared memory; at 128 dimensions there are registers for one.
   static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
-  // A bound on registers, 255: left to itself ptxas spills a few to fit a third block of 32 dimensions.
+  // A bound on registers, 255: left to itself ptxas spills some to fit a third block.
   static constexpr int kBlocksPerSM = 2;
   static constexpr int kWarpQueries = 16 * kRowTiles;
   static constexpr int kQueries = kWarps * kWarpQueries;
@@ -30,23 +31,24 @@ struct AttentionTile {
   static constexpr int kKeyGroups = kKeys / 16;
   static constexpr int kDimGroups = kHeadDim / 16;
 
-  /// Byte offset of a chunk. ldmatrix reads the same chunk of 8 rows at once: the rotation by the row
-  /// puts them in different banks.
+  /// Byte offset of a chunk. ldmatrix reads the same chunk of 8 rows at once: the rotation by the
+  /// row puts them in different banks.
   __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
     const int rotation = kHeadDim == 32 ? (row >> 1) & 3 : row & 7;
     return row * kRowBytes + ((chunk ^ rotation) << 4);
   }
 
-  /// The shared row of a key (or value) of the tile. In the MMA's layout a lane holds columns 2t, 2t + 1 of
-  /// each 8: stored in this order they are keys 4t … 4t + 3 of each 16, whose four dropout words are one
-  /// Philox block. Softmax and P·V do not care about the order, as long as keys and values share it.
+  /// The shared row of a key (or value) of the tile. In the MMA's layout a lane holds columns 2t,
+  /// 2t + 1 of each 8: stored in this order they are keys 4t … 4t + 3 of each 16, whose four
+  /// dropout words are one Philox block. Softmax and P·V do not care about the order, as long as
+  /// keys and values share it.
   __device__ __forceinline__ static int key_row(int key) {
     return (key & ~15) | (key & 2) << 2 | (key & 12) >> 1 | (key & 1);
   }
 };
 
-/// Starts copying `kRows` rows from global memory; rows from `valid` on become zeros, so that the P·V of
-/// a ragged end multiplies 0 with 0. `to_row` maps a row to its place.
+/// Starts copying `kRows` rows from global memory; rows from `valid` on become zeros, so that the
+/// P·V of a ragged end multiplies 0 with 0. `to_row` maps a row to its place.
 template <typename Tile, int kRows, typename T, typename ToRow>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const T* from, int64_t stride, int valid,
                                           ToRow to_row) {
@@ -64,12 +66,14 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const T* from, int64_
 
 /// The running softmax of the two rows of a 16-row MMA tile that a lane has a part of.
 struct SoftmaxRows {
-  float maximum[2] = {-INFINITY, -INFINITY};  // of the unscaled scores; the same in the row's 4 lanes
-  float sum[2] = {0.0f, 0.0f};                // this lane's part only
+  // Of the unscaled scores; the same in the row's 4 lanes.
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};  // this lane's part only
 };
 
-/// Replaces scores by exp(scale · (s − maximum)), unnormalised probabilities in fp32, and rescales what was
-/// summed under the former maximum. scores[j][2 r + e]: row r, key 16 (j / 2) + 4t + 2 (j % 2) + e.
+/// Replaces scores by exp(scale · (s − maximum)), unnormalised probabilities in fp32, and rescales
+/// what was summed under the former maximum. scores[j][2 r + e] is of row r and, in the tile, of key
+/// 16 (j / 2) + 4t + 2 (j % 2) + e.
 template <int kScoreTiles, int kOutTiles>
 __device__ __forceinline__ void online_softmax(float (&scores)[kScoreTiles][4],
                                                float (&out)[kOutTiles][4], SoftmaxRows& rows,
@@ -105,8 +109,8 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kScoreTiles][4],
   }
 }
 
-/// Zeroes the dropped ones of a lane's probabilities of two rows, `token` and `token + 8`, and four keys, the
-/// `group`-th four of the sequence: two in either 8-key tile.
+/// Zeroes the dropped ones of a lane's probabilities of two rows, `token` and `token + 8`, and four
+/// keys, the `group`-th four of the sequence: two in either 8-key tile.
 __device__ __forceinline__ void drop_probabilities(float (&low)[4], float (&high)[4],
                                                    const Philox& philox, uint32_t threshold,
                                                    uint32_t group, uint32_t token, uint32_t head) {
@@ -135,7 +139,6 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
   const int64_t stride = AttentionBlock::row_stride(p);
   const T* queries = block.input<T>(p, 0);
   const T* keys = block.input<T>(p, 1);
-  const T* values = block.input<T>(p, 2);
   unsigned char* memory = dynamic_shared_memory();
   const uint32_t query_shared = shared_address(memory);
   const uint32_t key_shared = query_shared + Tile::kQueryBytes;  // stage s: + 2 s kKeyBytes
@@ -145,10 +148,11 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
     const int first = tile * Tile::kKeys;
     const uint32_t shared = key_shared + (tile & 1) * 2 * Tile::kKeyBytes;
     const auto to_row = [](int key) { return Tile::key_row(key); };
-    copy_rows<Tile, Tile::kKeys>(shared, keys + first * stride, stride, block.length - first,
-                                 to_row);
-    copy_rows<Tile, Tile::kKeys>(shared + Tile::kKeyBytes, values + first * stride, stride,
-                                 block.length - first, to_row);
+    const T* from = keys + first * stride;
+    const int valid = block.length - first;
+    copy_rows<Tile, Tile::kKeys>(shared, from, stride, valid, to_row);
+    from += p.heads * kHeadDim;  // values follow keys
+    copy_rows<Tile, Tile::kKeys>(shared + Tile::kKeyBytes, from, stride, valid, to_row);
   };
   copy_rows<Tile, Tile::kQueries>(query_shared, queries + first_query * stride, stride,
                                   block.length - first_query, [](int row) { return row; });
@@ -170,7 +174,8 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
     cp_async_commit();
     if (!has_queries) continue;
 
-    // S = Q Kᵀ. ldmatrix gives keys 0–7 and 8–15 of a group of 16, each in two halves of 8 dimensions.
+    // S = Q Kᵀ. ldmatrix gives keys 0–7 and 8–15 of a group of 16, each in two halves of 8
+    // dimensions.
     const uint32_t shared = key_shared + (tile & 1) * 2 * Tile::kKeyBytes;
     float scores[kRowTiles][Tile::kKeys / 8][4] = {};
 #pragma unroll
@@ -228,7 +233,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float(&s)[4] = scores[i][2 * m + half];
+          const float (&s)[4] = scores[i][2 * m + half];
           probabilities[i][2 * half] = pack2<T>(s[0], s[1]);
           probabilities[i][2 * half + 1] = pack2<T>(s[2], s[3]);
         }
@@ -236,8 +241,8 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
 #pragma unroll
       for (int d = 0; d < Tile::kDimGroups; ++d) {
         uint32_t v[4];
-        ldmatrix_x4_transposed(v, shared + Tile::kKeyBytes +
-                                      Tile::offset(16 * m + lane % 16, 2 * d + lane / 16));
+        ldmatrix_x4_transposed(
+            v, shared + Tile::kKeyBytes + Tile::offset(16 * m + lane % 16, 2 * d + lane / 16));
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           mma_m16n8k16<T>(out[i][2 * d], probabilities[i], v[0], v[1]);

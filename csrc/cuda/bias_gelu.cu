@@ -1,7 +1,7 @@
 // y = gelu(x + bias) and its gradients, one pass over memory each.
 //
-// A lane owns 16 bytes of columns, whose bias it loads once, and walks down the rows of its group with
-// several rows' loads in flight.
+// A lane owns 16 bytes of columns, whose bias it loads once, and walks down the rows of its group
+// with several rows' loads in flight.
 #include <algorithm>
 #include <type_traits>
 
@@ -11,11 +11,11 @@
 namespace fastbert::cuda {
 namespace {
 
-constexpr float kSqrtHalf = 0.70710678118654752f;     // 1/√2
-constexpr float kInvSqrtTwoPi = 0.39894228040143268f; // 1/√(2π)
+constexpr float kSqrtHalf = 0.70710678118654752f;      // 1/√2
+constexpr float kInvSqrtTwoPi = 0.39894228040143268f;  // 1/√(2π)
 // tanh form: ½ (1 + tanh w) = 1 / (1 + exp(−2w)), 2w = u (kTanhLinear + kTanhCubic u²)
-constexpr float kTanhLinear = 1.59576912160573071f;   // 2 √(2/π)
-constexpr float kTanhCubic = 0.07135481282565130f;    // 2 √(2/π) · 0.044715
+constexpr float kTanhLinear = 1.59576912160573071f;  // 2 √(2/π)
+constexpr float kTanhCubic = 0.07135481282565130f;   // 2 √(2/π) · 0.044715
 
 /// The share of u that passes: Φ(u), or its tanh approximation as a logistic function, which unlike
 /// 1 + tanh(w) loses no digits for negative u.
@@ -47,7 +47,8 @@ __device__ __forceinline__ float gelu_derivative(float u) {
   }
 }
 
-// Bounds on registers, 64 and 85: left to itself ptxas spills a few for an occupancy without use here.
+// Bounds on registers, 64 and 85: left to itself ptxas spills a few for an occupancy without use
+// here.
 constexpr int kForwardBlocksPerSM = 4;
 constexpr int kBackwardBlocksPerSM = 3;
 
@@ -176,13 +177,14 @@ void bias_gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64
   constexpr const char* kOp = "bias_gelu_fwd";
   const Parameter b{bias, vectors_are_float32(dtype, vector_dtype, kOp)};
   if (rows == 0 || cols == 0) return;
-  with_variant(dtype, cols, aligned16(x, bias, y), tanh, kOp, [&](auto type, auto width, auto is_tanh) {
-    using T = typename decltype(type)::type;
-    constexpr int kWidth = decltype(width)::value;
-    launch(kOp, bias_gelu_fwd_kernel<T, kWidth, decltype(is_tanh)::value>,
-           make_grid(cols, kWidth, forward_groups(rows, cols), kOp), kBlock, 0, stream,
-           static_cast<const T*>(x), b, static_cast<T*>(y), rows, cols);
-  });
+  with_variant(dtype, cols, aligned16(x, bias, y), tanh, kOp,
+               [&](auto type, auto width, auto is_tanh) {
+                 using T = typename decltype(type)::type;
+                 constexpr int kWidth = decltype(width)::value;
+                 launch(kOp, bias_gelu_fwd_kernel<T, kWidth, decltype(is_tanh)::value>,
+                        make_grid(cols, kWidth, forward_groups(rows, cols), kOp), kBlock, 0, stream,
+                        static_cast<const T*>(x), b, static_cast<T*>(y), rows, cols);
+               });
 }
 
 int64_t bias_gelu_bwd_workspace(int64_t rows, int64_t cols) {

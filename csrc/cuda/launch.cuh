@@ -65,7 +65,8 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block
                               ": expected 0 (fp32), 1 (bf16) or 3 (fp16)");
 }
 
-/// True when the vectors (bias, weight, …) are fp32; they must be that or of the activations' dtype.
+/// True when the vectors (bias, weight, …) are fp32; they must be that or of the activations'
+/// dtype.
 inline bool vectors_are_float32(int dtype, int vector_dtype, const char* op) {
   if (vector_dtype != kFloat32 && vector_dtype != dtype) {
     throw std::invalid_argument(std::string(op) + ": vector dtype code " +

@@ -1,11 +1,12 @@
-// The CUDA kernels as plain host functions: raw device pointers, sizes, scalars, dtype codes, a stream.
+// The CUDA kernels as plain host functions: raw device pointers, sizes, scalars, dtype codes, a
+// stream.
 //
-// Every function only launches: it neither waits for the device nor allocates. Tensors are contiguous,
-// `nullptr` stands for an absent one, sizes count elements. A dtype or argument that no kernel serves
-// throws std::invalid_argument, a failed launch std::runtime_error with CUDA's text.
+// Every function only launches: it neither waits for the device nor allocates. Tensors are
+// contiguous, `nullptr` stands for an absent one, sizes count elements. A dtype or argument that no
+// kernel serves throws std::invalid_argument, a failed launch std::runtime_error with CUDA's text.
 //
-// Dropout (see philox.cuh): `dropout_seed` points to one int64 on the device, so that a captured graph
-// draws fresh masks when the seed is rewritten; it may be null when dropout_p is 0.
+// Dropout (see philox.cuh): `dropout_seed` points to one int64 on the device, so that a captured
+// graph draws fresh masks when the seed is rewritten; it may be null when dropout_p is 0.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,11 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 3 };
 ///
 /// qkv (T, 3, N, D), out (T, N, D) of `dtype`; lse (N, T) fp32; cu_seqlens int32 (batch + 1) on the
 /// device, max_seqlen at least the longest length.
-void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float* lse, int64_t tokens,
-                   int64_t batch, int64_t heads, int64_t head_dim, int64_t max_seqlen,
-                   double softmax_scale, double dropout_p, const int64_t* dropout_seed,
-                   int64_t dropout_offset, int dtype, cudaStream_t stream);
+void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float* lse,
+                   int64_t tokens, int64_t batch, int64_t heads, int64_t head_dim,
+                   int64_t max_seqlen, double softmax_scale, double dropout_p,
+                   const int64_t* dropout_seed, int64_t dropout_offset, int dtype,
+                   cudaStream_t stream);
 
 /// y = gelu(x + bias) over (rows, cols), erf form or tanh form (Hendrycks and Gimpel 2016).
 /// x, y of `dtype`; bias (cols) of `vector_dtype` or null.
@@ -40,17 +42,17 @@ void bias_gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, vo
                    int vector_dtype, cudaStream_t stream);
 int64_t bias_gelu_bwd_workspace(int64_t rows, int64_t cols);
 
-/// z = residual + dropout(x + x_bias), rounded to `dtype`; y = (z − mean) · rstd · weight + bias over
-/// (rows, cols), with the mean and the two-pass variance of the rounded z in fp32 (Ba et al. 2016).
-/// residual, x_bias may be null; z, mean, rstd are all null (nothing saved) or all given.
+/// z = residual + dropout(x + x_bias), rounded to `dtype`; y = (z − mean) · rstd · weight + bias
+/// over (rows, cols), with the mean and the two-pass variance of the rounded z in fp32 (Ba et al.
+/// 2016). residual, x_bias may be null; z, mean, rstd are all null (nothing saved) or all given.
 void add_layer_norm_fwd(const void* x, const void* residual, const void* x_bias, const void* weight,
                         const void* bias, void* y, void* z, float* mean, float* rstd, int64_t rows,
                         int64_t cols, double eps, double dropout_p, const int64_t* dropout_seed,
                         int64_t dropout_offset, int dtype, int vector_dtype, cudaStream_t stream);
 
-/// dz, the gradient of residual; dx = dropout'(dz), null when dropout_p is 0 (then dz serves as dx);
-/// dweight, dbias (cols), and dx_bias = Σ_rows dx, which may be null.
-/// `workspace` holds add_layer_norm_bwd_workspace() floats.
+/// dz, the gradient of residual; dx = dropout'(dz), null when dropout_p is 0 (then dz serves as
+/// dx); dweight, dbias (cols), and dx_bias = Σ_rows dx, which may be null. `workspace` holds
+/// add_layer_norm_bwd_workspace() floats.
 void add_layer_norm_bwd(const void* dy, const void* z, const void* weight, const float* mean,
                         const float* rstd, void* dz, void* dx, void* dweight, void* dbias,
                         void* dx_bias, float* workspace, int64_t rows, int64_t cols,

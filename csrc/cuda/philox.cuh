@@ -1,7 +1,7 @@
-// Dropout as a pure function of a counter: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel
-// random numbers: as easy as 1, 2, 3"), the same bits as every other backend.
+// Dropout as a pure function of a counter: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011,
+// "Parallel random numbers: as easy as 1, 2, 3"), the same bits as every other backend.
 //
-//   key = (seed low, seed high), counter = (col / 4, row, offset, plane), word = counter's output [col % 4];
+//   key = (seed low, seed high), counter = (col / 4, row, offset, plane), word = output[col % 4];
 //   an element is kept iff word >= floor(p · 2³²); kept values are multiplied by 1 / (1 − p).
 #pragma once
 

@@ -1,5 +1,6 @@
-// The PTX that C++ has no name for, one function an instruction, and nothing else: so the kernels above
-// them also compile for the host, where tests define these functions from PTX's documentation.
+// The PTX that C++ has no name for, one function an instruction, and nothing else: so the kernels
+// above them also compile for the host, where tests define these functions from PTX's
+// documentation.
 #pragma once
 
 #include "types.cuh"
@@ -28,7 +29,8 @@ __device__ __forceinline__ void store_global16(void* global, uint4 value) {
                : "memory");
 }
 
-/// Starts copying 16 bytes from global to shared memory; writes zeros, and reads nothing, if !valid.
+/// Starts copying 16 bytes from global to shared memory; writes zeros, and reads nothing, if
+/// !valid.
 __device__ __forceinline__ void cp_async16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
@@ -46,8 +48,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/// Four 8 × 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 and
-/// receives, of matrix m in to[m], elements 2 (l % 4), + 1 of row l / 4.
+/// Four 8 × 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8
+/// and receives, of matrix m in to[m], elements 2 (l % 4), + 1 of row l / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -63,8 +65,8 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&to)[4], uint32
                : "memory");
 }
 
-/// c (16 × 8, fp32) += a (16 × 16, row) · b (16 × 8, column), a and b of type T. With g = lane / 4 and
-/// t = lane % 4: c holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); a holds pairs of columns
+/// c (16 × 8, fp32) += a (16 × 16, row) · b (16 × 8, column), a and b of type T. With g = lane / 4
+/// and t = lane % 4: c holds (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); a holds pairs of columns
 /// (g, 2t…), (g+8, 2t…), (g, 2t+8…), (g+8, 2t+8…); b holds pairs of rows (2t…, g), (2t+8…, g).
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,

@@ -7,7 +7,8 @@ constexpr int kSumWarps = 16;
 
 /// One column a lane; each warp adds every kSumWarps-th group, then the first warp adds the warps.
 __global__ void __launch_bounds__(kWarpSize* kSumWarps)
-    sum_groups_kernel(const float* __restrict__ partials, GroupSums sums, int groups, int64_t cols) {
+    sum_groups_kernel(const float* __restrict__ partials, GroupSums sums, int groups,
+                      int64_t cols) {
   float* shared = reinterpret_cast<float*>(dynamic_shared_memory());
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
@@ -26,9 +27,15 @@ __global__ void __launch_bounds__(kWarpSize* kSumWarps)
 #pragma unroll
   for (int other = 1; other < kSumWarps; ++other) total += shared[other * kWarpSize + lane];
   switch (sums.dtype) {
-    case kFloat32: static_cast<float*>(out)[col] = total; break;
-    case kBFloat16: static_cast<bf16*>(out)[col] = from_float<bf16>(total); break;
-    default: static_cast<fp16*>(out)[col] = from_float<fp16>(total); break;
+    case kFloat32:
+      static_cast<float*>(out)[col] = total;
+      break;
+    case kBFloat16:
+      static_cast<bf16*>(out)[col] = from_float<bf16>(total);
+      break;
+    default:
+      static_cast<fp16*>(out)[col] = from_float<fp16>(total);
+      break;
   }
 }
 

@@ -26,9 +26,9 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Gradients of bias and LayerNorm vectors are sums over all rows. Float atomics would add them in a
-// different order each run, so they go in two steps of fixed order: the grid's rows of blocks ("groups",
-// a number that depends on the shape alone) each write one row of partial sums, (groups, cols) fp32,
-// and sum_groups() adds the groups.
+// different order each run, so they go in two steps of fixed order: the grid's rows of blocks
+// ("groups", a number that depends on the shape alone) each write one row of partial sums, (groups,
+// cols) fp32, and sum_groups() adds the groups.
 
 /// A block that owns kWidth columns a lane and shares its rows among kColumnWarps warps.
 constexpr int kColumnWarps = 8;

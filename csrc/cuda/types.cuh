@@ -76,10 +76,14 @@ struct Type {
 template <typename Body>
 void with_type(int dtype, const char* op, Body&& body) {
   switch (dtype) {
-    case kFloat32: return body(Type<float>{});
-    case kBFloat16: return body(Type<bf16>{});
-    case kFloat16: return body(Type<fp16>{});
-    default: unknown_dtype(op, dtype);
+    case kFloat32:
+      return body(Type<float>{});
+    case kBFloat16:
+      return body(Type<bf16>{});
+    case kFloat16:
+      return body(Type<fp16>{});
+    default:
+      unknown_dtype(op, dtype);
   }
 }
 

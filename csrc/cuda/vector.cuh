@@ -1,5 +1,5 @@
-// Rows of memory in 16-byte accesses. A kernel is compiled for kVectorWidth<T> elements a thread and,
-// for pointers or row widths that do not allow it, for 1.
+// Rows of memory in 16-byte accesses. A kernel is compiled for kVectorWidth<T> elements a thread
+// and, for pointers or row widths that do not allow it, for 1.
 #pragma once
 
 #include "primitives.cuh"
@@ -84,8 +84,8 @@ __device__ __forceinline__ void store(T* to, const float (&values)[kWidth]) {
   packed.store(to);
 }
 
-/// A vector of the model (bias, weight): of the activations' type T or fp32, known at run time only.
-/// The branch is the same for the whole grid.
+/// A vector of the model (bias, weight): of the activations' type T or fp32, known at run time
+/// only. The branch is the same for the whole grid.
 struct Parameter {
   const void* data;  // null: absent
   bool is_float32;

@@ -2,6 +2,7 @@
 
 Models that ``accelerate`` does not know can still run their attention on fastbert's kernels,
 through the two interfaces that transformers offers for it. Only bidirectional self-attention.
+torch.compile leaves both functions alone: the number of real tokens depends on the mask's values.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def register_attention() -> None:
     masking.AttentionMaskInterface.register(NAME, padding_mask)
 
 
+@torch.compiler.disable
 def padding_mask(
     batch_size: int,
     q_length: int,
@@ -66,6 +68,7 @@ def _layout(mask: Tensor) -> PackedBatch:
     return PackedBatch.from_padded(mask.long(), mask)
 
 
+@torch.compiler.disable
 def attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -30,6 +30,7 @@ from fastbert.nn.layer import embed, run_layers
 from fastbert.packed import PackedBatch
 
 Tensor = torch.Tensor
+_ATTENTIONS = "output_attentions: the reference computes the attention"
 
 
 class Encoded(NamedTuple):
@@ -79,6 +80,17 @@ class FusedBackbone(Replacement):
         given_dict = kwargs.get("return_dict", getattr(self.module.config, "return_dict", True))
         return output.to_tuple() if given_dict is False else output
 
+    def obstacle(self) -> str | None:
+        return self.refusal({})
+
+    def left(self) -> list[str]:
+        backbone: Any = self.module
+        embeddings = embeddings_obstacle(self.family, backbone)
+        left = [] if embeddings is None else [embeddings]
+        if getattr(backbone.config, "output_attentions", False):
+            left.append(_ATTENTIONS)
+        return left
+
     def refusal(self, given: dict[str, Any]) -> str | None:
         """Why a call with these arguments takes the original forward; None when it is fused."""
         backbone: Any = self.module
@@ -111,7 +123,7 @@ class FusedBackbone(Replacement):
         batch, device = request.batch, request.batch.cu_seqlens.device
         run: Any = ModelPass(backbone.config, device, request.attentions)
         if request.attentions:
-            self.note("output_attentions: attention goes to the reference")
+            self.note(_ATTENTIONS)
         with _nothing_captured():
             x = self._embed(request, run)
             layers = self.family.layers(backbone)
@@ -131,9 +143,9 @@ class FusedBackbone(Replacement):
         padded = dict(request.padded)
         if "token_type" not in self.family.embedding_parts:
             del padded["token_type_ids"]
-        x = request.batch.pack(backbone.embeddings(**padded))
-        assert x is not None
-        return x if parts.projection is None else parts.projection(x)
+        packed = request.batch.pack(backbone.embeddings(**padded))
+        assert packed is not None
+        return packed if parts.projection is None else parts.projection(packed)
 
     def _pool(self, batch: PackedBatch, x: Tensor) -> Tensor | None:
         """The model's own pooler on the first real token of each sequence.

@@ -12,7 +12,6 @@ from fastbert.hf.backbone import FusedBackbone
 from fastbert.hf.families import FAMILIES, Family, family_of, known_class
 from fastbert.hf.heads import FusedTask
 from fastbert.hf.layer import FusedLayer
-from fastbert.hf.parts import layer_obstacle, layer_parts, left_alone
 from fastbert.hf.replacement import Replacement, replacement_of
 from fastbert.hf.tasks import task_of
 from fastbert.ops import BackendError
@@ -33,7 +32,11 @@ def accelerate(model: Model, *, strict: bool = False, skip_logits: bool = False)
 
     The model keeps its class, parameters and state_dict keys; outputs, losses and gradients are the
     original's, with zeros (question answering: the lowest number) where the original has what it
-    computed for padding. Calling it again only changes the two flags. ``restore`` undoes it.
+    computed for padding. Labels on padding do not count, and with padding on the left the pooled
+    token is the first real one. Hooks fire as before, but those on encoder
+    layers, Linears and heads see packed tokens, (T, H) for (B, S, H); one on a module that the
+    kernels go around, such as a LayerNorm, makes its layer run as it was.
+    Calling accelerate again only changes the two flags. ``restore`` undoes it.
     Raises ValueError where nothing supported is inside, and (as BackendError) in strict mode.
     """
     if not isinstance(model, nn.Module):
@@ -59,10 +62,13 @@ def accelerate(model: Model, *, strict: bool = False, skip_logits: bool = False)
             f"expected one of the families {', '.join(FAMILIES)}"
         )
     if strict:
-        left = [*skipped, *(f"{name}: {why}" for name, why in left_parts(model))]
-        if left:
+        for name, replacement in replacements(model):
+            obstacle = replacement.obstacle()
+            left = [obstacle] if obstacle else replacement.left()
+            skipped.extend(f"{name or type(model).__name__}: {part}" for part in left)
+        if skipped:
             restore(model)
-            raise BackendError(f"model: strict mode, and not all can be fused: {'; '.join(left)}")
+            raise BackendError(f"model: strict mode, and not all is fused: {'; '.join(skipped)}")
     return model
 
 
@@ -81,16 +87,6 @@ def replacements(model: nn.Module) -> Iterator[tuple[str, Replacement]]:
         replacement = replacement_of(module)
         if replacement is not None:
             yield name, replacement
-
-
-def left_parts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The name of every accelerated layer with a part that is not fused, and that part."""
-    for name, replacement in replacements(model):
-        if isinstance(replacement, FusedLayer):
-            family, layer = replacement.family, replacement.module
-            obstacle = layer_obstacle(family, layer)
-            left = [obstacle] if obstacle else left_alone(layer_parts(family, layer))
-            yield from ((name, part) for part in left)
 
 
 def why_not(family: Family, backbone: Any) -> str | None:

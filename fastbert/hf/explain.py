@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.hf.backbone import FusedBackbone
-from fastbert.hf.dropin import left_parts, replacements, why_not
-from fastbert.hf.families import Family, family_of
+from fastbert.hf.dropin import replacements, why_not
+from fastbert.hf.families import family_of
 from fastbert.hf.heads import FusedTask
-from fastbert.hf.parts import embeddings_obstacle
+from fastbert.hf.layer import FusedLayer
+from fastbert.hf.replacement import Replacement
 from fastbert.ops import choices
 
 Row = dict[str, str]
@@ -33,7 +33,8 @@ class Table:
         return json.dumps({"title": self.title, "rows": self.rows}, indent=2)
 
     def __str__(self) -> str:
-        lines = [self.columns, *(tuple(str(row[c]) for c in self.columns) for row in self.rows)]
+        cells = ((_cell(row[column]) for column in self.columns) for row in self.rows)
+        lines = [self.columns, *map(tuple, cells)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
@@ -42,6 +43,10 @@ class Table:
         return "\n".join([self.title, "", *text])
 
     __repr__ = __str__
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
 
 
 class Explanation(Table):
@@ -61,58 +66,59 @@ def explain(model: nn.Module) -> Explanation:
     are for the dtype of the parameters.
     Raises ValueError when no supported model is inside ``model``.
     """
-    backbones = [(name, m, family_of(m)) for name, m in model.named_modules() if family_of(m)]
+    backbones = [(n, m, f) for n, m in model.named_modules() if (f := family_of(m)) is not None]
     if not backbones:
         raise ValueError(f"model: {type(model).__name__} holds no model that fastbert accelerates")
-    rows: list[Row] = []
-    for name, replacement in replacements(model):
-        if isinstance(replacement, FusedTask):
-            rows.append(_row(name, type(replacement.module).__name__, "packed", _skip(replacement)))
+    rows = [*_model_rows(model), *_layer_rows(model)]
     for name, backbone, family in backbones:
-        assert family is not None
-        rows.extend(_backbone_rows(name, backbone, family))
-    rows.extend(_collapsed(left_parts(model)))
+        if "_fastbert" not in backbone.__dict__:
+            why = why_not(family, backbone) or "not accelerated"
+            rows.append(_row(name, type(backbone).__name__, "original", why))
     for name, replacement in replacements(model):
         for reason, count in replacement.fallbacks.items():
             rows.append(_row(name, reason, "original", f"{count} calls so far"))
     for kind, dtype, config in _kinds(backbones):
         rows.extend(_op_rows(kind, dtype, config))
-    return Explanation(f"{type(model).__name__} ({', '.join(_names(backbones))})", rows)
+    title = f"{type(model).__name__} ({', '.join(sorted({f.name for _, _, f in backbones}))})"
+    return Explanation(f"{title}; backends for the dtype of the parameters, outside autocast", rows)
+
+
+def _model_rows(model: nn.Module) -> Iterator[Row]:
+    """Task models and bare models, and what of theirs is left alone."""
+    for name, replacement in replacements(model):
+        if isinstance(replacement, FusedLayer):
+            continue
+        reason = replacement.obstacle()
+        takes = "packed" if reason is None else "original"
+        what = type(replacement.module).__name__
+        yield _row(name, what, takes, reason or _skip(replacement))
+        for part in replacement.left():
+            yield _row(name, part, "as it is")
+
+
+def _layer_rows(model: nn.Module) -> Iterator[Row]:
+    """One row for each thing that is left alone in some layers."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, replacement in replacements(model):
+        if isinstance(replacement, FusedLayer):
+            reason = replacement.obstacle()
+            takes, left = "original", [reason] if reason else []
+            if reason is None:
+                takes, left = "as it is", replacement.left()
+            for what in left:
+                places.setdefault((what, takes), []).append(name)
+    for (what, takes), names in places.items():
+        where = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
+        yield _row(where, what, takes)
 
 
 def _row(where: str, what: str, takes: str, why: str = "") -> Row:
     return dict(zip(_COLUMNS, (where or "(the model)", what, takes, why), strict=True))
 
 
-def _names(backbones: list[Any]) -> list[str]:
-    return sorted({family.name for _, _, family in backbones})
-
-
-def _skip(task: FusedTask) -> str:
-    return "skip_logits: no vocabulary logits beside a loss" if task.skip_logits else ""
-
-
-def _backbone_rows(name: str, backbone: Any, family: Family) -> Iterator[Row]:
-    what = f"{type(backbone).__name__}, {len(family.layers(backbone))} layers"
-    fused = backbone.__dict__.get("_fastbert")
-    if not isinstance(fused, FusedBackbone):
-        yield _row(name, what, "original", why_not(family, backbone) or "not accelerated")
-        return
-    reason = fused.refusal({})
-    yield _row(name, what, "packed" if reason is None else "original", reason or "")
-    obstacle = embeddings_obstacle(family, backbone)
-    if obstacle is not None:
-        yield _row(f"{name}.embeddings".lstrip("."), "embeddings", "original", obstacle)
-
-
-def _collapsed(left: Iterator[tuple[str, str]]) -> Iterator[Row]:
-    """One row a kind of part, with the layers that have it."""
-    places: dict[str, list[str]] = {}
-    for name, part in left:
-        places.setdefault(part, []).append(name)
-    for part, names in places.items():
-        where = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} layers)"
-        yield _row(where, part, "as it is", "not fused, called as a module")
+def _skip(replacement: Replacement) -> str:
+    skips = isinstance(replacement, FusedTask) and replacement.skip_logits
+    return "skip_logits: no vocabulary logits beside a loss" if skips else ""
 
 
 def _kinds(backbones: list[Any]) -> Iterator[tuple[str, torch.dtype, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,11 +134,12 @@ def _pool(backbone: Any, first: torch.Tensor) -> torch.Tensor:
     return backbone.pooler(first[:, None])
 
 
-def _albert_groups(backbone: Any) -> Iterator[nn.Module]:
-    """The group of each layer: ALBERT runs a few groups of parameters again and again."""
+def _albert_layers(backbone: Any) -> list[nn.Module]:
+    """ALBERT runs a few groups of layers again and again."""
     config, groups = backbone.config, backbone.encoder.albert_layer_groups
-    for i in range(config.num_hidden_layers):
-        yield groups[int(i / (config.num_hidden_layers / config.num_hidden_groups))]
+    share = config.num_hidden_layers / config.num_hidden_groups
+    order = (groups[int(i / share)] for i in range(config.num_hidden_layers))
+    return [layer for group in order for layer in group.albert_layers]
 
 
 _BERT = Family(
@@ -207,7 +208,7 @@ _ALL = (
         layer_parts=_ALBERT_LAYER,
         attention="attention",
         embedding_parts={**_BERT_EMBEDDINGS, "projection": "encoder.embedding_hidden_mapping_in"},
-        layers=lambda backbone: [x for g in _albert_groups(backbone) for x in g.albert_layers],
+        layers=_albert_layers,
         containers=lambda backbone: [backbone.encoder, *backbone.encoder.albert_layer_groups],
         pool=lambda backbone, first: backbone.pooler_activation(backbone.pooler(first)),
     ),
@@ -216,13 +217,14 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 _BACKBONES = {f"{family.module}.{family.backbone}": family for family in _ALL}
 
 
-def known_class(module: nn.Module) -> str | None:
+def known_class(module: Any) -> str | None:
     """The full name of the ``transformers`` class whose forward ``module`` runs.
 
     A subclass that writes a forward of its own is not known; one that FSDP or a user derives
     without touching the forward is.
     """
-    return _known_class(type(module))
+    cls: Any = type(module)
+    return _known_class(cls)
 
 
 @functools.cache
@@ -239,7 +241,7 @@ def _known_class(cls: Any) -> str | None:
     return known
 
 
-def family_of(module: nn.Module) -> Family | None:
+def family_of(module: Any) -> Family | None:
     """The family of a bare model (``BertModel``, …), None for anything else."""
     name = known_class(module)
     return None if name is None else _BACKBONES.get(name)

@@ -65,7 +65,7 @@ class FusedTask(Replacement):
         if self.task.kind == "multiple_choice":
             given, choices = _flatten_choices(given)
         backbone = getattr(model, self.family.prefix)
-        reason = self._obstacle(backbone)
+        reason = self.obstacle()
         if reason is not None:
             self.note(reason)
             return self.original(*args, **kwargs)
@@ -80,9 +80,10 @@ class FusedTask(Replacement):
         as_dict = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _obstacle(self, backbone: Any) -> str | None:
+    def obstacle(self) -> str | None:
         """Why this model's head cannot read packed rows; None when it can."""
         family, task, model = self.family, self.task, self.module
+        backbone: Any = getattr(model, family.prefix)
         fused = backbone.__dict__.get("forward")
         if not isinstance(fused, FusedBackbone) or not fused.active or is_hooked_outside(backbone):
             return f"{family.prefix} has hooks or a forward of its own"
@@ -157,9 +158,12 @@ class _Call:
 
     def token_labels(self) -> Tensor | None:
         """Labels of the real tokens, (T,)."""
-        if self.labels is None:
+        labels, shape = self.labels, self.batch.padded_shape
+        if labels is None:
             return None
-        return self.batch.pack(self.labels.to(self.encoded.tokens.device))
+        if labels.numel() != shape[0] * shape[1]:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {shape}")
+        return self.batch.pack(labels.to(self.encoded.tokens.device).view(shape))
 
 
 Fields = dict[str, Any]
@@ -168,8 +172,10 @@ Fields = dict[str, Any]
 def _masked_lm(call: _Call, skip_logits: bool) -> Fields:
     labels = call.token_labels()
     if labels is not None and skip_logits:
-        loss = losses.labelled_rows(call.model, call.task, call.encoded.tokens, labels)
-        return {"loss": loss, "logits": None}
+        skipped = losses.labelled_rows(
+            call.model, call.family, call.task, call.encoded.tokens, labels
+        )
+        return {"loss": skipped, "logits": None}
     logits = call.logits()
     loss = None if labels is None else F.cross_entropy(logits, labels)
     return {"loss": loss, "logits": call.batch.unpack(logits)}

@@ -99,8 +99,9 @@ def read(family: Family, backbone: Any, given: Mapping[str, Any]) -> Request:
 def _flattened_lengths(given: Mapping[str, Any], source: Tensor) -> tuple[int, ...] | None:
     """The lengths of the sequences of a flattened batch; None for a padded one.
 
-    Costs one wait for the device, and only for a single row that comes with position ids or offsets
-    and without a mask.
+    Without offsets, a batch is flattened when its one row comes without a mask and each position is
+    the one before plus 1 or the first one again, and both occur. Costs one wait for the device, and
+    only for a single row that comes with position ids or offsets.
     """
     offsets, tokens = given.get("cu_seq_lens_q"), source.shape[1]
     if offsets is not None:
@@ -108,9 +109,10 @@ def _flattened_lengths(given: Mapping[str, Any], source: Tensor) -> tuple[int, .
     positions = given.get("position_ids")
     if source.shape[0] != 1 or positions is None or given.get("attention_mask") is not None:
         return None
-    flat = positions.reshape(-1)
-    starts = ((flat[1:] <= flat[:-1]).nonzero().flatten() + 1).tolist()
-    if not starts:
+    flat = positions.flatten().tolist()
+    steps = [b - a for a, b in pairwise(flat)]
+    starts = [i for i, step in enumerate(steps, 1) if step != 1]
+    if not 0 < len(starts) < len(steps) or any(flat[i] != flat[0] for i in starts):
         return None
     return tuple(b - a for a, b in pairwise((0, *starts, tokens)))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert.hf.parts import layer_obstacle, layer_parts
+from fastbert.hf.parts import layer_obstacle, layer_parts, left_alone
 from fastbert.hf.replacement import Replacement
 from fastbert.nn.layer import encoder_layer
 from fastbert.packed import PackedBatch
@@ -43,31 +43,36 @@ class ModelPass:
 class FusedLayer(Replacement):
     """``layer(x, batch, run, index)`` on packed tokens (T, H); any other call is the original's."""
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args or not isinstance(args[0], PackedBatch):
-            return self.original(x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 or not isinstance(args[1], PackedBatch):
+            return self.original(*args, **kwargs)
         layer: Any = self.module
-        if (
-            getattr(layer, "gradient_checkpointing", False)
-            and layer.training
-            and not _checkpoints_in_call(type(layer))
-        ):
-            return layer._gradient_checkpointing_func(self._packed, x, *args)
-        return self._packed(x, *args)
+        cls: Any = type(layer)
+        checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training
+        if checkpointing and not _checkpoints_in_call(cls):
+            return layer._gradient_checkpointing_func(self._packed, *args)
+        return self._packed(*args)
+
+    def obstacle(self) -> str | None:
+        return layer_obstacle(self.family, self.module)
+
+    def left(self) -> list[str]:
+        return left_alone(layer_parts(self.family, self.module))
 
     def _packed(self, x: Tensor, batch: PackedBatch, run: Any, index: int) -> Tensor:
-        family, layer = self.family, self.module
-        obstacle = layer_obstacle(family, layer)
+        obstacle = self.obstacle()
         if obstacle is not None:
             self.note(obstacle)
             return self._padded(x, batch, run.config)
-        parts = layer_parts(family, layer)
+        parts = layer_parts(self.family, self.module)
         # training=True: each dropout module's own flag decides, as in Hugging Face.
         return encoder_layer(parts, x, batch, run, index, training=True)
 
     def _padded(self, x: Tensor, batch: PackedBatch, config: Any) -> Tensor:
         """The original forward on sequences padded to the longest; empty ones stay out of it."""
         lengths = [n for n in batch.lengths if n]
+        if not lengths:
+            return x
         rows = PackedBatch.from_flat(None, lengths, inputs_embeds=x)
         padded = rows.unpack(x)
         columns = torch.arange(padded.shape[1], device=x.device)

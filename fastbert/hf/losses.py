@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.hf.families import find
+from fastbert.hf.families import Family, find
+from fastbert.hf.parts import is_hooked
 from fastbert.hf.tasks import Task, paths
 from fastbert.nn.layer import is_plain_linear
 from fastbert.ops import gather_rows, linear_cross_entropy
@@ -62,7 +63,7 @@ def replaced_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-def labelled_rows(model: Any, task: Task, tokens: Tensor, labels: Tensor) -> Tensor:
+def labelled_rows(model: Any, family: Family, task: Task, tokens: Tensor, labels: Tensor) -> Tensor:
     """The language-model loss from the rows that carry a label, without logits for the others.
 
     tokens: (T, H).  labels: (T,).  A decoder that is a plain Linear never makes its (M, V) logits
@@ -70,9 +71,10 @@ def labelled_rows(model: Any, task: Task, tokens: Tensor, labels: Tensor) -> Ten
     """
     index = (labels != IGNORED).nonzero().flatten()
     rows, labels = gather_rows(tokens, index), labels[index]
-    bypassed = {path[:n] for path in paths(task.transform) for n in range(1, len(path))}
+    containers = (find(model, p[:n]) for p in paths(task.transform) for n in range(1, len(p)))
+    splits = all(family.owns(m) and not is_hooked(m) for m in containers)
     decoder = find(model, tuple(task.decoder.split(".")))
-    if is_plain_linear(decoder) and not any(find(model, p)._forward_hooks for p in bypassed):
+    if splits and is_plain_linear(decoder):
         rows = run_steps(model, task.transform, rows)
         return linear_cross_entropy(rows, decoder.weight, decoder.bias, labels)
     return F.cross_entropy(run_steps(model, task.head, rows), labels)

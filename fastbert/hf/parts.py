@@ -123,8 +123,7 @@ def layer_obstacle(family: Family, layer: nn.Module) -> str | None:
         if not is_plain_norm(find(layer, family.paths[name])):
             return f"{family.layer_parts[name]} is not a plain LayerNorm"
     for name in _DROPOUTS:
-        path = family.paths.get(name)
-        if path is not None and not is_plain(find(layer, path), nn.Dropout):
+        if name in family.paths and not is_plain(find(layer, family.paths[name]), nn.Dropout):
             return f"{family.layer_parts[name]} is not a plain Dropout"
     return None
 

@@ -45,7 +45,8 @@ class Replacement:
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the original bound method: Hugging Face's Trainer keeps columns by it."""
-        return _bound_signature(type(self.module))
+        cls: Any = type(self.module)
+        return _bound_signature(cls)
 
     @property
     def __code__(self) -> CodeType:
@@ -54,6 +55,14 @@ class Replacement:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def obstacle(self) -> str | None:
+        """Why every call takes the original forward as things are now; None when it does not."""
+        return None
+
+    def left(self) -> list[str]:
+        """The parts that run as Hugging Face wrote them inside a fused call."""
+        return []
 
     def note(self, reason: str) -> None:
         """Count a call that is not fused and say so once; an error in strict mode."""
@@ -110,7 +119,8 @@ def _positional_names(cls: Any) -> tuple[str, ...]:
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of ``module``'s own forward, by name."""
-    names = _positional_names(type(module))
+    cls: Any = type(module)
+    names = _positional_names(cls)
     if len(args) > len(names):
         raise TypeError(f"forward takes {len(names)} positional arguments, {len(args)} were given")
     given = dict(zip(names, args, strict=False))

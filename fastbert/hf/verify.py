@@ -39,15 +39,6 @@ class Report(Table):
     def ok(self) -> bool:
         return all(row["ok"] for row in self.rows)
 
-    def __str__(self) -> str:
-        numbers = ("error", "original", "limit")
-        shown = [{**row, **{n: f"{row[n]:.2e}" for n in numbers}} for row in self.rows]
-        return str(Table.__str__(_Shown(self.title, shown)))
-
-
-class _Shown(Table):
-    columns = Report.columns
-
 
 def verify(model: nn.Module, *, inputs: Inputs | None = None, seed: int = 0) -> Report:
     """Outputs, loss and every parameter's gradient of the accelerated models inside ``model``.
@@ -58,10 +49,14 @@ def verify(model: nn.Module, *, inputs: Inputs | None = None, seed: int = 0) -> 
 
     Three runs in eval mode: accelerated, restored (the same parameters), and a restored copy in
     float64, the oracle. For each tensor, over real tokens only,
-    ``max |ours - oracle| <= 2 max |original - oracle| + 4 eps (max |oracle| + G)`` with eps of the
-    model's dtype and G the largest gradient of all (0 for outputs and losses): what is zero in
-    exact arithmetic, such as the gradient of a key bias, is held to its neighbours' rounding.
-    Question answering is compared with padding left out of the softmax on all sides.
+    ``max |ours - oracle| <= 2 max |original - oracle| + (4 eps + 32 eps') (max |oracle| + G)``
+    with eps of the model's dtype, eps' of the dtype that sums run in (float32, float64 for float64)
+    and G the largest gradient of all (0 for outputs and losses). What is zero in exact arithmetic,
+    such as the gradient of a key bias, is thereby held to the rounding of its neighbours, and what
+    hangs on one outlier channel, as in real checkpoints' LayerNorms, does not fail by chance.
+    Question answering is compared with padding left out of the softmax on all sides. Inputs of
+    your own with padding on the left, or with labels on padding, show where fastbert differs from
+    the original on purpose (see accelerate).
 
     The model is left as it was. The copy takes 8 bytes a parameter, its gradients as much again.
     Raises ValueError when nothing inside ``model`` is accelerated.
@@ -113,6 +108,8 @@ def _compare(replacement: Replacement, call: Inputs) -> Iterator[dict[str, Any]]
     dtype = next(module.parameters()).dtype
 
     for name, expected in oracle.outputs.items():
+        if name not in ours.outputs:  # skip_logits
+            continue
         error = _Errors().add(ours.outputs[name], original.outputs[name], expected)
         yield error.row("output", name, dtype)
     if oracle.loss is not None and ours.loss is not None and original.loss is not None:
@@ -138,11 +135,10 @@ class _Errors:
         self.size = _larger(self.size, oracle)
         return self
 
-    def row(
-        self, what: str, name: str, dtype: torch.dtype, largest: float = 0.0
-    ) -> dict[str, Any]:
-        rounding = 4 * torch.finfo(dtype).eps * (self.size + largest)
-        limit = 2 * self.original + rounding
+    def row(self, what: str, name: str, dtype: torch.dtype, largest: float = 0.0) -> dict[str, Any]:
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        rounding = 4 * torch.finfo(dtype).eps + 32 * torch.finfo(sums).eps
+        limit = 2 * self.original + rounding * (self.size + largest)
         return {"what": what, "name": name, "error": self.ours, "original": self.original,
                 "limit": limit, "ok": self.ours <= limit}  # fmt: skip
 
@@ -150,7 +146,7 @@ class _Errors:
 def _larger(value: float, x: Tensor) -> float:
     """max(value, max |x|); nan stays."""
     other = float(x.abs().max()) if x.numel() else 0.0
-    return other if not other <= value else value
+    return other if other > value or other != other else value
 
 
 def _run(module: nn.Module, call: Inputs, kind: str, fused: bool) -> _Run:
@@ -237,8 +233,9 @@ def _example(replacement: Replacement, seed: int) -> dict[str, Tensor]:
     config, device = model.config, next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     kind = replacement.task.kind if isinstance(replacement, FusedTask) else ""
-    first = 2 if replacement.family.positions_from_padding else 0
-    columns = min(_COLUMNS, config.max_position_embeddings - first - (config.pad_token_id or 0))
+    pad = config.pad_token_id or 0
+    first = pad + 1 if replacement.family.positions_from_padding else 0
+    columns = min(_COLUMNS, config.max_position_embeddings - first)
     rows = _SEQUENCES * (_CHOICES if kind == "multiple_choice" else 1)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -247,7 +244,6 @@ def _example(replacement: Replacement, seed: int) -> dict[str, Tensor]:
     lengths = integers(1, columns + 1, rows)
     lengths[0] = columns
     mask = torch.arange(columns) < lengths[:, None]
-    pad = config.pad_token_id or 0
     ids = integers(0, config.vocab_size - 1, rows, columns)
     ids = torch.where(mask, ids + (ids >= pad), pad)  # any id but the padding's
     call = {"input_ids": ids, "attention_mask": mask.long()}

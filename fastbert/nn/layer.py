@@ -37,19 +37,19 @@ class LayerParts(NamedTuple):
     A dropout that a family does not have is None.
     """
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    attention_output: nn.Module
-    attention_norm: nn.Module
-    up: nn.Module
-    down: nn.Module
-    output_norm: nn.Module
+    query: Any
+    key: Any
+    value: Any
+    attention_output: Any
+    attention_norm: Any
+    up: Any
+    down: Any
+    output_norm: Any
     head_dim: int
     activation: str | Callable[[Tensor], Tensor]
-    attention_dropout: nn.Module | None = None
-    attention_output_dropout: nn.Module | None = None
-    output_dropout: nn.Module | None = None
+    attention_dropout: Any = None
+    attention_output_dropout: Any = None
+    output_dropout: Any = None
 
 
 @dataclass
@@ -76,7 +76,7 @@ def new_pass(module: nn.Module, device: torch.device, want_attentions: bool = Fa
     return Pass(seed, [] if want_attentions else None)
 
 
-def dropout_p(dropout: nn.Module | float | None, training: bool) -> float:
+def dropout_p(dropout: Any, training: bool) -> float:
     """The probability that a dropout part applies now."""
     if dropout is None or not training:
         return 0.0
@@ -85,7 +85,7 @@ def dropout_p(dropout: nn.Module | float | None, training: bool) -> float:
     return float(dropout.p) if dropout.training else 0.0
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: Any) -> bool:
     """True for an ``nn.Linear`` that nothing has wrapped, parametrised or hooked: safe to fuse."""
     return type(module) is nn.Linear and not (
         module._forward_hooks
@@ -96,7 +96,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def project(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """x W^T and the bias still to be added, or a wrapped module's own full output and None."""
     if is_plain_linear(module):
         return linear(x, module.weight), module.bias
@@ -145,20 +145,18 @@ def _padded_probabilities(probabilities: list[Tensor], qkv: Tensor, batch: Packe
 
 
 def _feed_forward(parts: LayerParts, h: Tensor) -> tuple[Tensor, Tensor | None]:
-    fused_gelu = isinstance(parts.activation, str)
-    if fused_gelu and is_plain_linear(parts.up) and is_plain_linear(parts.down):
-        up, down = parts.up, parts.down
-        y = feed_forward(h, up.weight, up.bias, down.weight, approximate=parts.activation)
-        return y, down.bias
-    u, bias = project(parts.up, h)
-    if isinstance(parts.activation, str):
-        u = bias_gelu(u, bias, approximate=parts.activation)
+    up, down, activation = parts.up, parts.down, parts.activation
+    if isinstance(activation, str) and is_plain_linear(up) and is_plain_linear(down):
+        return feed_forward(h, up.weight, up.bias, down.weight, approximate=activation), down.bias
+    u, bias = project(up, h)
+    if isinstance(activation, str):
+        u = bias_gelu(u, bias, approximate=activation)
     else:
-        u = parts.activation(u if bias is None else u + bias)
-    return project(parts.down, u)
+        u = activation(u if bias is None else u + bias)
+    return project(down, u)
 
 
-def _add_norm(norm: nn.Module, y: Tensor, residual: Tensor, y_bias: Tensor | None, run: Pass,
+def _add_norm(norm: Any, y: Tensor, residual: Tensor, y_bias: Tensor | None, run: Pass,
               p: float, offset: int) -> Tensor:  # fmt: skip
     return add_layer_norm(
         y, residual.to(y.dtype), norm.weight, norm.bias, x_bias=y_bias, eps=norm.eps,
@@ -193,9 +191,9 @@ class EmbeddingParts(NamedTuple):
     word: nn.Embedding
     position: nn.Embedding
     token_type: nn.Embedding | None
-    norm: nn.Module
-    dropout: nn.Module | None
-    projection: nn.Module | None = None
+    norm: Any
+    dropout: Any
+    projection: Any = None
 
 
 def embed(parts: EmbeddingParts, batch: PackedBatch, run: Pass, training: bool) -> Tensor:

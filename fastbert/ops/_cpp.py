@@ -3,8 +3,8 @@
 Each function has the contract of the op that it is named after (the op's file holds equation and
 shapes; ``_registry`` says how halves are named). A launcher makes its inputs contiguous, allocates
 the outputs and hands addresses, sizes and dtype codes to ``fastbert._cpu``; sizes are the callers'
-to check. Kernels use at most ``torch.get_num_threads()`` threads and give the same bits with any
-number of them. ValueError: an id, a label, an index or cu_seqlens is out of range (the text says
+to check. Kernels use at most ``_num_threads()`` threads and give the same bits with any number of
+them. ValueError: an id, a label, an index or cu_seqlens is out of range (the text says
 which element), or a dtype is not one of the kernels'.
 """
 
@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 
-from fastbert import _native
+from fastbert import _native, device
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+_forced_threads = device.setting("FASTBERT_NUM_THREADS")
+
+
+def _num_threads() -> int:
+    """FASTBERT_NUM_THREADS if it is set, else as many threads as torch's own ops use now."""
+    return int(_forced_threads) if _forced_threads else torch.get_num_threads()
 
 
 def isa() -> str:
@@ -53,7 +60,7 @@ def attention_fwd(
     _native.cpu().attention_fwd(
         qkv.data_ptr(), cu_seqlens.data_ptr(), cu_seqlens.numel() - 1, tokens, heads, head_dim,
         max_seqlen, softmax_scale, *_dropout(dropout_p, dropout_seed, dropout_offset),
-        out.data_ptr(), lse.data_ptr(), _code(qkv.dtype), torch.get_num_threads(),
+        out.data_ptr(), lse.data_ptr(), _code(qkv.dtype), _num_threads(),
     )  # fmt: skip
     return out, lse
 
@@ -79,7 +86,7 @@ def attention_bwd(
         dout.data_ptr(), qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.data_ptr(),
         cu_seqlens.numel() - 1, tokens, heads, head_dim, max_seqlen, softmax_scale,
         *_dropout(dropout_p, dropout_seed, dropout_offset),
-        dqkv.data_ptr(), _code(qkv.dtype), torch.get_num_threads(),
+        dqkv.data_ptr(), _code(qkv.dtype), _num_threads(),
     )  # fmt: skip
     return dqkv
 
@@ -92,7 +99,7 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> tor
     y = torch.empty_like(x)
     _native.cpu().bias_gelu_fwd(
         x.data_ptr(), _address(bias), rows, cols, tanh, y.data_ptr(),
-        _code(x.dtype), vector_code, torch.get_num_threads(),
+        _code(x.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return y
 
@@ -108,7 +115,7 @@ def bias_gelu_bwd(
     dbias = None if bias is None else torch.empty_like(bias)
     _native.cpu().bias_gelu_bwd(
         dy.data_ptr(), x.data_ptr(), _address(bias), rows, cols, tanh, dx.data_ptr(),
-        _address(dbias), _code(x.dtype), vector_code, torch.get_num_threads(),
+        _address(dbias), _code(x.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return dx, dbias
 
@@ -139,7 +146,7 @@ def add_layer_norm_fwd(
         x.data_ptr(), _address(residual), _address(x_bias), weight.data_ptr(), bias.data_ptr(),
         rows, cols, eps, *_dropout(dropout_p, dropout_seed, dropout_offset),
         y.data_ptr(), _address(z), _address(mean), _address(rstd),
-        _code(x.dtype), vector_code, torch.get_num_threads(),
+        _code(x.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return y, z, mean, rstd
 
@@ -168,7 +175,7 @@ def add_layer_norm_bwd(
         rows, cols, *_dropout(dropout_p, dropout_seed, dropout_offset),
         dz.data_ptr(), 0 if dx is dz else dx.data_ptr(),
         dweight.data_ptr(), dbias.data_ptr(), _address(dx_bias),
-        _code(z.dtype), vector_code, torch.get_num_threads(),
+        _code(z.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return dz, dx, dweight, dbias, dx_bias
 
@@ -199,7 +206,7 @@ def embed_layer_norm_fwd(
         *map(_address, ids), *map(_address, tables), weight.data_ptr(), bias.data_ptr(),
         rows, cols, *sizes, eps, *_dropout(dropout_p, dropout_seed, dropout_offset),
         y.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        _code(word.dtype), vector_code, torch.get_num_threads(),
+        _code(word.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -233,7 +240,7 @@ def embed_layer_norm_bwd(
         mean.data_ptr(), rstd.data_ptr(), rows, cols, *sizes,
         *_dropout(dropout_p, dropout_seed, dropout_offset),
         *map(_address, dtables), dweight.data_ptr(), dbias.data_ptr(),
-        _code(word.dtype), vector_code, torch.get_num_threads(),
+        _code(word.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return (*dtables, dweight, dbias)
 
@@ -255,7 +262,7 @@ def cross_entropy_rows(
     _native.cpu().cross_entropy_rows(
         logits.data_ptr(), logits.stride(0), _address(bias), labels.data_ptr(), rows, classes,
         ignore_index, grad_scale is not None, 0.0 if grad_scale is None else grad_scale.item(),
-        loss.data_ptr(), _code(logits.dtype), vector_code, torch.get_num_threads(),
+        loss.data_ptr(), _code(logits.dtype), vector_code, _num_threads(),
     )  # fmt: skip
     return loss
 
@@ -267,7 +274,7 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(index.numel(), cols)
     _native.cpu().gather_rows(
         x.data_ptr(), index.data_ptr(), index.numel(), rows, cols, out.data_ptr(), _code(x.dtype),
-        torch.get_num_threads(),
+        _num_threads(),
     )  # fmt: skip
     return out
 
@@ -279,7 +286,7 @@ def scatter_rows(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.T
     out = x.new_empty(num_rows, cols)
     _native.cpu().scatter_rows(
         x.data_ptr(), index.data_ptr(), count, num_rows, cols, out.data_ptr(), _code(x.dtype),
-        torch.get_num_threads(),
+        _num_threads(),
     )  # fmt: skip
     return out
 
@@ -307,11 +314,11 @@ def _vectors(x: torch.Tensor, *vectors: torch.Tensor | None) -> tuple[list[Any],
 
     Each may come in the dtype of ``x`` or in fp32; where both occur the wider serves all.
     """
-    dtypes = [v.dtype for v in vectors if v is not None]
-    for dtype in dtypes:
-        if dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"vectors of {x.dtype} activations: got {dtype}, expected it or fp32")
-    common = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else x.dtype)
+    dtypes = {v.dtype for v in vectors if v is not None}
+    if not dtypes <= {x.dtype, torch.float32}:
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"vectors beside {x.dtype} activations: got {names}, expected it or fp32")
+    common = functools.reduce(torch.promote_types, dtypes) if dtypes else x.dtype
     return [None if v is None else v.to(common).contiguous() for v in vectors], _code(common)
 
 

@@ -137,7 +137,7 @@ def _unknown(name: str) -> ValueError:
     return ValueError(f"backend: unknown name {name!r}, expected one of {sorted(BACKENDS)}")
 
 
-class _Restore(AbstractContextManager):  # type: ignore[type-arg]
+class _Restore(AbstractContextManager[None]):
     """What ``use_backend`` returns: leaving the ``with`` block brings the former choice back."""
 
     def __init__(self, forced: str | None, strict: bool) -> None:

@@ -120,7 +120,7 @@ def _backward(
     )  # fmt: skip
     # Without dropout dx is dz itself; a library op may not return one tensor twice.
     dx = z.new_empty(0) if dropout_p == 0.0 else dx
-    dx_bias = z.new_empty(0) if dx_bias is None else dx_bias.to(x_bias.dtype)
+    dx_bias = z.new_empty(0) if x_bias is None else dx_bias.to(x_bias.dtype)
     return dz, dx, dweight, dbias, dx_bias
 
 

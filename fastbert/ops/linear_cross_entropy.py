@@ -120,7 +120,9 @@ def _scaled(grad: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        loss, *grads = _forward(*inputs, ctx.needs_input_grad[:3])
+        hidden, weight, bias, labels, ignore_index, mean = inputs
+        wanted = ctx.needs_input_grad[:3]
+        loss, *grads = _forward(hidden, weight, bias, labels, ignore_index, mean, wanted)
         ctx.save_for_backward(*grads)
         return (loss,)
 

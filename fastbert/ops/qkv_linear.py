@@ -19,9 +19,9 @@ def qkv_linear(
 
     x: (T, H).  weights: each (K, H).  biases: each (K,) or None.  Returns (T, len(weights) * K);
     under autocast in the autocast dtype.  Raises ValueError for bad shapes, dtypes or devices.
-    Checkpoints hold query, key and value apart; joining their
-    weights would cost a copy a step or parameters that are views of each other, so the products
-    write into the columns of one output instead, and backward sums dx in place.
+    Checkpoints hold query, key and value apart; joining their weights would cost a copy a step or
+    parameters that are views of each other, so the products write into the columns of one output
+    instead, and backward sums dx in place.
     """
     _check.activation("x", x, ("T", "H"))
     x, *cast = autocast_to(x, *weights)

@@ -42,8 +42,8 @@ def test_an_unknown_encoder(side: str) -> None:
     expected, output = original(**batch)[0], ours(**batch)[0]
     real = mask != 0
     torch.testing.assert_close(output[real], expected[real])
-    for model, x in ((original, expected), (ours, output)):
-        (x[real] ** 2).sum().backward()
+    for x in (expected, output):
+        (x[real] ** 3).mean().backward()
     for p, q in zip(ours.parameters(), original.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ._models import batch_for, check_parity, lengths_mask, pair
+from fastbert.hf import register_attention
+
+from ._models import batch_for, check_parity, lengths_mask, pair, tiny
 
 BACKEND = "aot_eager"  # all of Dynamo and AOTAutograd, without waiting for a C++ compiler
 
@@ -55,6 +57,18 @@ def test_compiled_around_a_model() -> None:
         expected = original(**batch)["embedding"]
         torch.testing.assert_close(compiled(**batch)["embedding"], expected)
     assert len(graphs) == 1  # what follows the encoder; compiled once for all lengths
+
+
+def test_compiled_attention_interface() -> None:
+    register_attention()
+    original, ours = tiny("BertModel"), tiny("BertModel")
+    ours.set_attn_implementation("fastbert")
+    compiled = torch.compile(ours, backend="eager")
+    for lengths in ((11, 1, 7, 4), (11, 11, 2, 5)):
+        batch = batch_for("BertModel", lengths_mask(lengths))
+        mask = batch["attention_mask"] != 0
+        expected = original(**batch)[0][mask]
+        torch.testing.assert_close(compiled(**batch)[0][mask], expected)
 
 
 def test_export_takes_the_original_path() -> None:

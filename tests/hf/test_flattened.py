@@ -58,6 +58,18 @@ def test_same_as_padded(name: str, offsets: bool) -> None:
             torch.testing.assert_close(gradient, padded.gradients[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", ["encoder.layer.1.output", "embeddings"])
+def test_same_as_padded_around_a_hook(path: str) -> None:
+    """What is not fused keeps the sequences apart too."""
+    _, ours = pair("BertModel")
+    ours.get_submodule(path).register_forward_hook(lambda m, args, y: y * 1.1)
+    batch = batch_for("BertModel", lengths_mask(LENGTHS))
+    padded, packed = run(ours, batch), run(ours, flattened("BertModel", batch))
+    for field, x in packed.outputs.items():
+        y = padded.outputs[field]
+        torch.testing.assert_close(x.reshape(y.shape), y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["BertForTokenClassification", "BertModel"])
 def test_token_outputs_keep_the_row(name: str) -> None:
     _, ours = pair(name)
@@ -125,6 +137,14 @@ def test_restarts_in_a_padded_batch_are_positions_only() -> None:
     torch.testing.assert_close(
         ours(ids, position_ids=positions)[0], original(ids, position_ids=positions)[0]
     )
+
+
+@pytest.mark.parametrize("positions", [[0] * 6, [3, 1, 2, 0, 5, 4], [0, 1, 2, 2, 3, 4]])
+def test_positions_of_one_sequence(positions: list[int]) -> None:
+    """Positions that repeat or jump otherwise than back to the first are one sequence's own."""
+    original, ours = pair("BertModel")
+    call = {"input_ids": torch.randint(2, 90, (1, 6)), "position_ids": torch.tensor([positions])}
+    torch.testing.assert_close(ours(**call)[0], original(**call)[0])
 
 
 def test_neighbours_do_not_matter() -> None:

@@ -6,11 +6,14 @@ import copy
 import inspect
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import BertForMaskedLM, BertModel, ElectraForPreTraining
 
 from fastbert.hf import accelerate, explain, restore
@@ -25,6 +28,7 @@ from ._models import (
     lengths_mask,
     masked_lm,
     pair,
+    run,
     tiny,
 )
 
@@ -177,11 +181,10 @@ def test_subclasses() -> None:
     config = tiny("BertForMaskedLM").config
     model = accelerate(OwnForward(config).eval())
     assert "forward" not in model.__dict__ and "forward" in model.bert.__dict__
-    batch = batch_for("BertForMaskedLM")
+    batch = batch_for("BertForMaskedLM", lengths_mask((11,) * 4))
     del batch["labels"]
-    twice = model(**batch)
-    torch.testing.assert_close(twice, restore(model)(**batch) * (batch["attention_mask"][..., None]
-                               | 1), rtol=1, atol=100)  # fmt: skip
+    output = model(**batch)
+    torch.testing.assert_close(output, restore(model)(**batch))
     assert "forward" in accelerate(OwnInit(config)).__dict__
 
 
@@ -221,6 +224,15 @@ def test_hook_inside_a_layer(path: str) -> None:
         accelerate(ours, strict=True)
 
 
+def test_hook_inside_a_layer_and_rows_without_any_token() -> None:
+    _, ours = pair("BertModel")
+    ours.encoder.layer[1].output.register_forward_hook(lambda m, a, y: None)
+    for lengths in ((0, 5, 0, 3), (0, 0, 0, 0)):
+        output = ours(**batch_for("BertModel", lengths_mask(lengths)))[0]
+        output.sum().backward()
+        assert torch.isfinite(output).all()
+
+
 @pytest.mark.parametrize("path", ["embeddings", "embeddings.word_embeddings"])
 def test_hook_on_embeddings(path: str) -> None:
     original, ours = pair("BertForMaskedLM")
@@ -241,6 +253,14 @@ def test_hook_on_a_model(path: str) -> None:
     batch = batch_for("BertForPreTraining")
     check_parity(original, ours, batch)
     assert set(kinds[1]) == set(kinds[0])
+
+
+def test_a_layer_called_by_itself() -> None:
+    original, ours = pair("BertModel")
+    x = torch.randn(2, 5, 48)
+    expected = original.encoder.layer[0](x)
+    assert torch.equal(ours.encoder.layer[0](x), expected)
+    assert torch.equal(ours.encoder.layer[0](hidden_states=x), expected)
 
 
 def test_layer_replaced_by_the_users_own() -> None:
@@ -284,8 +304,10 @@ def test_a_head_that_reads_across_tokens(name: str) -> None:
     original.classifier = Mixing()
     ours.classifier = copy.deepcopy(original.classifier)
     batch = batch_for(name, lengths_mask((11,) * 4))
-    check_parity(original, ours, batch)
     assert "classifier is a Mixing" in left(ours)
+    check_parity(original, ours, batch)
+    with pytest.raises(BackendError, match="Mixing"):
+        accelerate(ours, strict=True)
 
 
 def test_summaries_of_other_tokens() -> None:
@@ -331,7 +353,7 @@ def test_replicas_of_data_parallel_serve_themselves() -> None:
     assert replica.forward.module is replica and ours.forward.module is ours
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_tracing_takes_the_original_path() -> None:
     original, ours = pair("BertModel")
     ids = torch.randint(2, 90, (2, 5))
@@ -339,3 +361,29 @@ def test_tracing_takes_the_original_path() -> None:
     other = torch.randint(2, 90, (2, 5))
     torch.testing.assert_close(traced(other)["last_hidden_state"], original(other)[0])
     assert any("traced" in reason for reason in ours._fastbert.fallbacks)
+
+
+@pytest.mark.parametrize("first", ["accelerate", "fully_shard"])
+def test_fully_sharded(first: str, tmp_path: Path) -> None:
+    """FSDP2 gathers a layer's parameters in a hook: layers are called as modules."""
+    name = "BertForMaskedLM"
+    original, ours = pair(name)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        if first == "fully_shard":
+            restore(ours)
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in ours.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        accelerate(ours, strict=True)
+        batch = batch_for(name)
+        theirs, mine = run(original, batch), run(ours, batch)
+        torch.testing.assert_close(mine.loss, theirs.loss)
+        for key, gradient in mine.gradients.items():
+            expected = theirs.gradients[key]
+            torch.testing.assert_close(gradient.full_tensor(), expected, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()

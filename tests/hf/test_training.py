@@ -27,6 +27,7 @@ from ._models import (
     tiny,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
 CHECKPOINTED = [name for name in FAMILY_NAMES if name != "albert"]  # as in transformers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,34 +12,42 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fastbert.kernels import _config
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
-MATRIX_INSTRUCTION = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# A column sum ends with a few values a thread; the loss alone is one value a row.
+NARROW_STORES = {"sum_partials", "join_chunks", "cross_entropy_rows"}
 
 
 def compile_kernels(tmp_path, *options):
     out = tmp_path / "resources.json"
     command = [sys.executable, str(SCRIPT), "--jobs", "2", "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     result = json.loads(out.read_text())
     assert result["kernels"]
     return result
 
 
+def matrix_instruction(row):
+    """What multiplies in this kernel: None for full fp32 and for kernels without products."""
+    if not row["kernel"].startswith("attention") or row["dtype"] == "fp32":
+        return None
+    if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64:
+        return "HMMA"  # too few keys for the larger instructions
+    return {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[row["arch"]]
+
+
 def check(result):
-    """No spills, shared memory that the device has, the matrix unit, and 16-byte accesses."""
+    """No spills, shared memory that the device has, its matrix unit, and 16-byte accesses."""
     for row in result["kernels"]:
-        label = f"{row['kernel']} ({row['case']}, sm_{row['arch']}, {row['dtype']}): {row}"
+        label = str(row)
         assert row["stack_bytes"] == 0 and row["spill_instructions"] == 0, label
         assert row["shared_bytes"] <= result["shared_limit"][str(row["arch"])], label
         assert row["load_bits"] >= 128, label
         assert row["store_bits"] >= 128 or row["kernel"] in NARROW_STORES, label
-        if row["kernel"].startswith("attention") and row["dtype"] != "fp32":
-            assert row["matrix_instruction"] == MATRIX_INSTRUCTION[row["arch"]], label
-
-
-# A column sum ends with a few values a thread; the loss alone is one value a row.
-NARROW_STORES = {"sum_partials", "join_chunks", "cross_entropy_rows"}
+        assert row["matrix_instruction"] == matrix_instruction(row), label
 
 
 def test_bert_base_bf16_on_hopper(tmp_path):
@@ -50,3 +59,35 @@ def test_bert_base_bf16_on_hopper(tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_case(tmp_path, arch, dtype):
     check(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype))
+
+
+def is_power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("arch", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_attention_has_tiles_for_every_device(arch):
+    for head_dim in (1, 16, 31, 32, 33, 64, 80, 128, 256):
+        for itemsize in (2, 4):
+            for dropout in (False, True):
+                for tile in _config.attention(head_dim, itemsize, dropout, arch):
+                    assert all(map(is_power_of_two, (tile.block_m, tile.block_n, tile.num_warps)))
+                    assert min(tile.block_m, tile.block_n) >= 16  # tl.dot's least
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 96, 768, 1000, 1024, 5000, 16384])
+def test_row_launch_choices(width):
+    for block in (_config.layer_norm_fwd(width), _config.layer_norm_bwd(width)):
+        assert block.block_h >= width and all(map(is_power_of_two, block))
+    for tile in (_config.tile(width, 2), _config.tile(width, 4), _config.bias_gelu_bwd(width)):
+        assert all(map(is_power_of_two, tile))
+    assert all(map(is_power_of_two, _config.cross_entropy_rows(width)))
+    assert all(map(is_power_of_two, _config.sum_chunks(width)))
+
+
+def test_row_groups_never_outnumber_the_blocks():
+    for arch in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        for num_blocks in (1, 5, 100_000):
+            for column_blocks in (1, 12, 5000):
+                groups = _config.row_groups(num_blocks, column_blocks, arch)
+                assert 1 <= groups <= num_blocks

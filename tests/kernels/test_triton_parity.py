@@ -33,11 +33,14 @@ from fastbert.kernels import (
     rows,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = not isinstance(rows._gather_rows_kernel, triton.runtime.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The interpreter multiplies bf16 matrices wrongly (Triton 3.6 to 3.9) and gets all else right.
 DOT_DTYPES = [FP32, FP16] if INTERPRETED else [FP32, FP16, BF16]
+
+# NumPy, under the interpreter, announces each overflow that a kernel provides for.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SEED, SITE = (123456789 << 32) | 987654321, 5
 
@@ -243,7 +246,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_config, "attention", lambda *args: tiles)
 
 
-LENGTHS = [1, 0, 33, 70, 0, 16, 10]
+LENGTHS = [1, 0, 40, 17]
 
 
 @kernel_test

@@ -1,7 +1,7 @@
 """The CUDA kernels executed on the CPU: the sources that nvcc compiles, through a small emulation.
 
-Inputs end where readable memory ends, outputs start as NaN, shared memory starts as NaN, asynchronous
-copies arrive as late as their wait allows: what a GPU may do, the emulation does.
+Inputs end where readable memory ends, outputs and shared memory start as NaN, asynchronous copies
+arrive as late as their wait allows: what a GPU may do, the emulation does.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def test_attention_does_not_depend_on_timing(
 
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 @DTYPES
-@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (37, 96), (70, 768), (9, 1000), (40, 13)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 64), (1, 64), (37, 96), (70, 768), (9, 1000), (40, 13)], ids=str
+)
 def test_bias_gelu(
     launch: ModuleType, shape: tuple[int, int], dtype: torch.dtype, tanh: bool
 ) -> None:
@@ -104,9 +106,7 @@ def test_bias_gelu(
 
 
 @pytest.mark.parametrize("vector_dtype", [None, FP32], ids=["no bias", "fp32 bias"])
-def test_bias_gelu_with_other_biases(
-    launch: ModuleType, vector_dtype: torch.dtype | None
-) -> None:
+def test_bias_gelu_with_other_biases(launch: ModuleType, vector_dtype: torch.dtype | None) -> None:
     checks.bias_gelu(launch, place, 5, 96, BF16, vector_dtype, False)
 
 

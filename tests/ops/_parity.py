@@ -20,12 +20,12 @@ import torch
 Function = Callable[..., Any]
 Inputs = dict[str, "torch.Tensor | None"]
 
-# For the cases in which torch is right by luck: 4 ulp of the largest value where the arithmetic is
-# in the dtype itself, one rounding where it is wider. In fp64 the oracle is torch, and torch always
-# right: there this is what two orders of summation may differ by.
+# For the cases in which torch is right by luck: 8 ulp of the largest value where the arithmetic is
+# in the dtype itself (what another order may change in a sum of some hundred terms), one rounding
+# where it is wider. In fp64 torch is the oracle and always right: there it is all that there is.
 ATOL = {
     torch.float64: 4096 * torch.finfo(torch.float64).eps,
-    torch.float32: 4 * torch.finfo(torch.float32).eps,
+    torch.float32: 8 * torch.finfo(torch.float32).eps,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
     torch.float16: torch.finfo(torch.float16).eps / 2,
 }

@@ -34,13 +34,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpp.set_isa(former)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    former = torch.get_num_threads()
-    yield
-    torch.set_num_threads(former)
-
-
 @on_cpp_targets
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_instruction_set(target: Target, isa: str, name: str) -> None:
@@ -59,29 +52,38 @@ def test_every_instruction_set(target: Target, isa: str, name: str) -> None:
 @on_cpp_targets
 @pytest.mark.parametrize("name", PURE_KERNELS)
 def test_any_number_of_threads_gives_the_same_bits(
-    target: Target, threads: None, name: str
+    target: Target, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = samples(target, 0.1, lengths=(0, 700, 1, 299, 1000))[name]  # work for every thread
-    torch.set_num_threads(1)
-    alone = run(sample.call, sample.inputs, sample.grad)
-    for count in (2, 3, 7):
-        torch.set_num_threads(count)
-        check_same_bits(run(sample.call, sample.inputs, sample.grad), alone)
+    results = []
+    for count in (1, 2, 3, 7):
+        monkeypatch.setattr(_cpp, "_num_threads", lambda count=count: count)
+        results.append(run(sample.call, sample.inputs, sample.grad))
+    for other in results[1:]:
+        check_same_bits(other, results[0])
 
 
 @on_cpp_targets
-def test_loss_kernel_on_any_number_of_threads(target: Target, threads: None) -> None:
+def test_loss_kernel_on_any_number_of_threads(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = Draw(target)
     logits, bias, labels = draw(500, 300), draw.vector(300), draw.ids(300, 500)
-    scale = torch.ones(1)
     results = []
     for count in (1, 2, 3, 7):
-        torch.set_num_threads(count)
-        grad = logits.clone()
-        loss = _cpp.cross_entropy_rows(grad, bias, labels, -100, scale)
-        results.append({"loss": loss, "gradient": grad})
+        monkeypatch.setattr(_cpp, "_num_threads", lambda count=count: count)
+        gradient = logits.clone()
+        loss = _cpp.cross_entropy_rows(gradient, bias, labels, -100, torch.ones(1))
+        results.append({"loss": loss, "gradient": gradient})
     for other in results[1:]:
         check_same_bits(other, results[0])
+
+
+def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpp, "_forced_threads", None)
+    assert _cpp._num_threads() == torch.get_num_threads()
+    monkeypatch.setattr(_cpp, "_forced_threads", "3")  # FASTBERT_NUM_THREADS, checked by device
+    assert _cpp._num_threads() == 3
 
 
 def test_unknown_instruction_set() -> None:

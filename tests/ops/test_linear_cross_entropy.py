@@ -131,12 +131,13 @@ def test_chunks(target: Target, rows_a_chunk: int, monkeypatch: pytest.MonkeyPat
 
 @on_every_target
 def test_gradient_of_the_loss_is_scaled(target: Target) -> None:
-    """2^-3 keeps every bit of what a gradient of 1 gives, except for denormals."""
+    """By a power of 2, which keeps every bit, except for what becomes a denormal in fp16."""
     labels, inputs = example(Draw(target), 65, 96, 127)
     one = run(ours(labels), inputs)
     eighth = run(ours(labels), inputs, torch.full_like(one["out"], 0.125))
     for name in ("hidden", "weight", "bias"):
-        assert torch.equal(eighth[f"d{name}"] * 8, one[f"d{name}"]) or target.dtype.itemsize == 2
+        if target.dtype != torch.float16:
+            assert torch.equal(eighth[f"d{name}"] * 8, one[f"d{name}"])
         assert error(eighth[f"d{name}"] * 8, one[f"d{name}"].double()) <= ATOL[target.dtype]
 
 

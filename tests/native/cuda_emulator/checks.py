@@ -32,8 +32,8 @@ def poisoned() -> Iterator[None]:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, floor: float = 4e-6) -> None:
-    """|got - want| <= eps |want| + floor max |want|: the rounding of the result, and that of what led
-    to it (``floor``: a few of fp32's unless told otherwise)."""
+    """|got - want| <= eps |want| + floor max |want|: the rounding of the result, and of its making
+    (``floor``: a few roundings of fp32 unless told otherwise)."""
     eps = torch.finfo(got.dtype).eps
     got, want = got.double().cpu(), want.double().cpu()
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
@@ -136,7 +136,9 @@ def add_layer_norm(
     assert_close("z", z, formulas.residual_sum(*exact, p, SEED, OFFSET))
     # From here on from the z that the kernel rounded, as the contract has it.
     z = z.cpu()
-    want, want_mean, want_rstd = formulas.layer_norm(z.double(), weight.double(), bias.double(), EPS)
+    want, want_mean, want_rstd = formulas.layer_norm(
+        z.double(), weight.double(), bias.double(), EPS
+    )
     # y subtracts the mean, which makes z's rounding in fp32 count for more.
     assert_close("y", y, want, 4e-6 * max(1.0, abs(mean)))
     assert_close("mean", row_mean, want_mean)

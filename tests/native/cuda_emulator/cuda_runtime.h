@@ -1,6 +1,7 @@
-// Stands in for CUDA's header when g++ compiles the kernels for the host: the part of CUDA C++ that they
-// use, executed by emulator.cpp. One block runs at a time, its threads as fibers of one OS thread that
-// change only where threads meet (barriers, shuffles, MMA), so that a run is deterministic.
+// Stands in for CUDA's header when g++ compiles the kernels for the host: the part of CUDA C++ that
+// they use, executed by emulator.cpp. One block runs at a time, its threads as fibers of one OS
+// thread that change only where threads meet (barriers, shuffles, MMA), so that a run is
+// deterministic.
 #pragma once
 
 #include <algorithm>
@@ -42,13 +43,15 @@ extern dim3 blockDim, gridDim;
 
 namespace emulator {
 
-/// Where the running thread's warp meets: every lane publishes `bytes` of `mine` and, when all live lanes
-/// have, sees each lane's at all_lanes(lane) until it calls this again. `operation` names the caller:
-/// lanes that meet in different operations have diverged, which ends the kernel with an error.
+/// What the lanes of a warp published when they last met.
 struct WarpData {
   const unsigned char* slots;
   const void* of_lane(int lane) const { return slots + lane * 64; }
 };
+
+/// Where the running thread's warp meets: every lane brings `bytes` of `mine` and goes on, with all
+/// lanes' in view until it meets them again, when all live lanes have come. `operation` names the
+/// caller: lanes that meet in different operations have diverged, and the kernel ends in an error.
 WarpData meet_warp(const char* operation, const void* mine, size_t bytes);
 void meet_block();
 int lane_index();

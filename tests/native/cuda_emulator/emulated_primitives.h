@@ -1,5 +1,5 @@
-// primitives.cuh on the host. Fragments are laid out as the PTX ISA documents them (sections "Matrix
-// fragments for mma.m16n8k16" and "ldmatrix"); lanes exchange theirs through emulator.cpp.
+// primitives.cuh on the host. Fragments are laid out as the PTX ISA documents them (sections
+// "Matrix fragments for mma.m16n8k16" and "ldmatrix"); lanes exchange theirs through emulator.cpp.
 #pragma once
 
 #include <stdexcept>

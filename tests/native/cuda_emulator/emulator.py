@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels for the host and calls them as ``fastbert._cuda`` would be called.
 
-``cuda_runtime.h`` and its neighbours stand in for CUDA's headers, so g++ compiles the very files that
-nvcc does; ``emulator.cpp`` runs a block's threads as fibers that meet at barriers, shuffles and MMAs.
+``cuda_runtime.h`` and its neighbours stand in for CUDA's headers, so g++ compiles the very files
+that nvcc does; ``emulator.cpp`` runs a block's threads as fibers that meet at barriers, shuffles
+and MMAs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 FLAGS = (
-    "-O1 -std=c++17 -fPIC -fno-strict-aliasing "
-    f"-DFASTBERT_CUDA_EMULATOR -I{HERE} -I{CSRC / 'cuda'}"
+    f"-O1 -std=c++17 -fPIC -fno-strict-aliasing -DFASTBERT_CUDA_EMULATOR -I{HERE} -I{CSRC / 'cuda'}"
 ).split()
 
 
@@ -84,7 +84,7 @@ _mappings: list[mmap.mmap] = []
 
 
 def fenced(x: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` that ends where readable memory ends: reading past it is a segmentation fault.
+    """A copy of ``x`` that ends where readable memory ends: a read past it is a segmentation fault.
 
     Sizes that are no multiple of 16 bytes leave a gap of less than 16, to keep the start aligned.
     """

@@ -1,5 +1,5 @@
-// The functions of ops.h for ctypes: C symbols that hold function pointers, whose calls return null or the
-// text of the exception.
+// The functions of ops.h for ctypes: C symbols that hold function pointers, whose calls return null
+// or the text of the exception.
 #include <exception>
 #include <string>
 

@@ -1,4 +1,4 @@
-"""What the kernels must compute, in fp64, and the Philox masks, written without fastbert's own code."""
+"""What the kernels must compute, in fp64, and the Philox masks: nothing here is fastbert's code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def philox_words(
     """
     plane, row, col = np.broadcast_arrays(plane, row, col)
     mask = np.uint64(0xFFFFFFFF)
-    counter = [np.asarray(c, dtype=np.uint64) for c in (col // 4, row, np.full_like(col, offset), plane)]
+    counter = [
+        np.asarray(c, dtype=np.uint64) for c in (col // 4, row, np.full_like(col, offset), plane)
+    ]
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(10):
         first = counter[0] * np.uint64(0xD2511F53)
@@ -35,9 +37,11 @@ def philox_words(
     return np.choose(col % 4, counter).astype(np.uint32)
 
 
-def keep_mask(p: float, seed: int, offset: int, plane, row, col) -> Tensor:  # type: ignore[no-untyped-def]
+def keep_mask(
+    p: float, seed: int, offset: int, plane: np.ndarray | int, row: np.ndarray, col: np.ndarray
+) -> Tensor:
     """1 / (1 - p) where kept, else 0, in fp64."""
-    words = philox_words(seed, offset, *(np.asarray(i) for i in (plane, row, col)))
+    words = philox_words(seed, offset, np.asarray(plane), row, col)
     keep = words >= np.uint32(math.floor(p * 2.0**32))
     return torch.from_numpy(keep).double() / (1.0 - p)
 
@@ -86,7 +90,9 @@ def residual_sum(
     return z if residual is None else z + residual
 
 
-def layer_norm(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and 1/std of each row."""
     mean = z.mean(1, keepdim=True)
     rstd = ((z - mean) ** 2).mean(1, keepdim=True).add(eps).rsqrt()
