@@ -239,7 +239,7 @@ def main() -> int:
     dtypes = args.dtype or list(_DTYPES)
     peers = args.peer or ["HF eager", "HF SDPA", "torch.compile"]
     path = args.out or Path(__file__).parent / "results" / f"model_{where}.json"
-    result: dict[str, Any] = {"machine": machine(), "ceilings": {}, "rows": []}
+    result = _earlier(path) | {"machine": machine()}
     for dtype in dtypes:
         if tasks != ["memory"]:
             result["ceilings"][dtype] = ceilings(where, _DTYPES[dtype])
@@ -251,7 +251,9 @@ def main() -> int:
                 torch.compiler.reset()
                 row = measure(shape, where, _DTYPES[dtype], peers, args.seconds)
                 row = {"task": task, "shape": shape.name, "dtype": dtype, "device": where, **row}
-                result["rows"].append(row)
+                row["commit"] = result["machine"]["commit"]
+                result["rows"] = [r for r in result["rows"] if _key(r) != _key(row)] + [row]
+                result["rows"].sort(key=_key)
                 print(_line(row), flush=True)
                 write(path, result)
     if "memory" in tasks:
@@ -262,6 +264,16 @@ def main() -> int:
         write(path, result)
     print(f"wrote {path}")
     return 0
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """What ``path`` holds: a run replaces the rows that it measures and leaves the others."""
+    empty: dict[str, Any] = {"ceilings": {}, "rows": []}
+    return empty | json.loads(path.read_text()) if path.exists() else empty
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["task"], row["dtype"], row["shape"]
 
 
 def _line(row: dict[str, Any]) -> str:

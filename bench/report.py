@@ -32,7 +32,7 @@ def _machine(result: dict[str, Any]) -> str:
     where = gpu or f"{machine['cpu']['cpu']}, {machine['threads']} threads"
     return (
         f"{where}; torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}; commit {machine['commit']}, {machine['date']}."
+        f"{machine['versions']['transformers']}; {machine['date']}."
     )
 
 

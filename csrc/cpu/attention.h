@@ -301,6 +301,7 @@ FASTBERT_INLINE void for_pieces(const Attention<T>& in, const int32_t* cu_seqlen
   constexpr int64_t kPieceBytes = 1 << 20;  // stays in L2 beside the scratch
   constexpr int64_t kThreadWork = 1 << 18;  // multiply-adds that pay for waking a thread
   const int64_t most = (num_sequences + in.tokens / chunk) * in.heads;
+  num_threads = std::max(num_threads, 1);
   Piece* pieces = thread_scratch<Piece>(Scratch::kShared, most);
   int64_t count = 0, work = 0;
   // Several heads a piece where that leaves four pieces or more for each thread.
@@ -308,8 +309,8 @@ FASTBERT_INLINE void for_pieces(const Attention<T>& in, const int32_t* cu_seqlen
   for (int64_t b = 0; b < num_sequences; ++b) {
     const int64_t start = cu_seqlens[b], length = cu_seqlens[b + 1] - start;
     if (length == 0) continue;
-    const int64_t fit = std::min({kPieceBytes / (length * row_bytes), spare, in.heads});
-    const int64_t group = std::max<int64_t>(fit, 1);
+    const int64_t fit = std::min(kPieceBytes / (length * row_bytes), spare);
+    const int64_t group = std::clamp<int64_t>(fit, 1, in.heads);
     for (int64_t query = 0; query < length; query += chunk) {
       for (int64_t head = 0; head < in.heads; head += group) {
         pieces[count++] = {start, length,
@@ -379,7 +380,6 @@ inline void attention_bwd(const void* dout, const void* qkv, const void* out, co
                  prefetch_piece(in, piece, in.qkv, 3);
                  prefetch_piece(in, piece, static_cast<const T*>(dout), 1);
                  prefetch_piece(in, piece, static_cast<const T*>(out), 1);
-
                  for (int64_t i = 0; i < piece.heads; ++i) {
                    attention_bwd_head(in, piece, piece.first_head + i, static_cast<const T*>(dout),
                                       static_cast<const T*>(out),

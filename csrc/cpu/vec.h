@@ -325,7 +325,7 @@ FASTBERT_INLINE Vec<float> twice_exp2_fraction(Vec<float> r) {
   return p * r + 2.0f;
 }
 
-/// 2^x. fp32: within 1 ulp for x ≥ −125.5, exactly 0 below, inf from 128 on, NaN for NaN.
+/// 2^x. fp32: about 1 ulp for x ≥ −125.5, exactly 0 below, inf from 128 on, NaN for NaN.
 FASTBERT_INLINE Vec<float> exp2(Vec<float> x) {
   x = min<float>(splat<float>(129.0f), max<float>(splat<float>(-126.0f), x));
   const Vec<float> shifted = x + kRounder;
