@@ -13,7 +13,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for demo.json and demo.png; made when missing.")
     ] = Path("fastbert-demo"),
-    texts: Annotated[int, typer.Option(help="How many texts to encode.", min=8)] = 320,
+    texts: Annotated[int, typer.Option(help="How many texts to encode.", min=8)] = 240,
     repeats: Annotated[int, typer.Option(help="Timed passes of each row.", min=1)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -75,5 +75,6 @@ def _show(report: dict[str, Any], out: Path) -> None:
             f"cos({pair['a']!r}, {pair['b']!r}) = {pair['cosine']:.4f}, "
             f"published {pair['published']}"
         )
-    console.print(report["parity"]["text"])
+    verdict = report["parity"]["text"].splitlines()[0]
+    console.print(f"Outputs and gradients beside the untouched model: {verdict} (demo.json)")
     console.print(f"Chart and figures: {out / 'demo.png'}, {out / 'demo.json'}")

@@ -103,7 +103,7 @@ class FusedBackbone(Replacement):
         layers = self.family.layers(backbone)
         for layer in layers:
             if not isinstance(layer.__dict__.get("forward", self), Replacement):
-                return f"the forward of {type(layer).__name__} is replaced by another tool"
+                return f"the forward of {type(layer).__name__} is replaced by another library"
         wants = given.get("output_attentions", getattr(backbone.config, "output_attentions", False))
         if wants:
             # Layers that are left alone do not hand out their attentions: only hooks see those.

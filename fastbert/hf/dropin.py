@@ -94,9 +94,9 @@ def why_not(family: Family, backbone: Any) -> str | None:
     if getattr(backbone.config, "is_decoder", False):
         return "it is a decoder (config.is_decoder)"
     if not _is_free(backbone, FusedBackbone):
-        return "another tool has replaced its forward"
+        return "another library has replaced its forward"
     if not all(_is_free(layer, FusedLayer) for layer in family.layers(backbone)):
-        return "another tool has replaced the forward of its layers"
+        return "another library has replaced the forward of its layers"
     return None
 
 

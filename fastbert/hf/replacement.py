@@ -78,7 +78,7 @@ class Replacement:
         attributes["_replicate_for_data_parallel"] = self.replicate
 
     def remove(self) -> None:
-        """Take this off its module; where another tool has wrapped it since, only step aside."""
+        """Take this off its module; where another library has wrapped it since, only step aside."""
         self.active = False
         attributes = self.module.__dict__
         if attributes.get("forward") is self:
@@ -96,7 +96,7 @@ class Replacement:
 
 
 def replacement_of(module: nn.Module) -> Replacement | None:
-    """The replacement on ``module``, also where another tool has wrapped its forward since."""
+    """The replacement on ``module``, also where another library has wrapped its forward since."""
     return module.__dict__.get("_fastbert")
 
 

@@ -317,7 +317,7 @@ def test_summaries_of_other_tokens() -> None:
     assert "'mean'" in left(ours)
 
 
-def test_another_tools_forward_stays() -> None:
+def test_a_forward_from_elsewhere_stays() -> None:
     model = tiny("BertForMaskedLM")
     own = model.forward
     model.forward = lambda *args, **kwargs: own(*args, **kwargs)
@@ -325,7 +325,7 @@ def test_another_tools_forward_stays() -> None:
     accelerate(model)
     assert model.forward is forward and "forward" in model.bert.__dict__
     model.bert.forward = forward
-    with pytest.raises(ValueError, match="another tool"):
+    with pytest.raises(ValueError, match="another library"):
         accelerate(restore(model))
 
 
