@@ -34,8 +34,8 @@ def _is_count(text: str) -> bool:
 
 SETTINGS: dict[str, Setting] = {
     "FASTBERT_BACKEND": Setting(
-        "the backend that every op is forced to; unset: the best one that can serve the call",
-        *_one_of("cpp", "triton", "cuda", "reference"),
+        "the backend that every op is forced to; auto or unset: the best that can serve the call",
+        *_one_of("auto", "cpp", "triton", "cuda", "reference"),
     ),
     "FASTBERT_STRICT": Setting(
         "1 turns every silent slow path into an error",

@@ -73,6 +73,8 @@ def is_hooked(module: nn.Module) -> bool:
         return True
     if "forward" in module.__dict__:
         return True
+    if not module._forward_hooks:
+        return False
     return any(_name(hook) not in _HOOKS_DONE_HERE for hook in module._forward_hooks.values())
 
 

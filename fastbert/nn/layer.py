@@ -158,8 +158,10 @@ def _feed_forward(parts: LayerParts, h: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _add_norm(norm: Any, y: Tensor, residual: Tensor, y_bias: Tensor | None, run: Pass,
               p: float, offset: int) -> Tensor:  # fmt: skip
+    if residual.dtype != y.dtype:  # a wrapped Linear under autocast
+        residual = residual.to(y.dtype)
     return add_layer_norm(
-        y, residual.to(y.dtype), norm.weight, norm.bias, x_bias=y_bias, eps=norm.eps,
+        y, residual, norm.weight, norm.bias, x_bias=y_bias, eps=norm.eps,
         dropout_p=p, dropout_seed=run.dropout_seed if p > 0.0 else None, dropout_offset=offset,
     )  # fmt: skip
 

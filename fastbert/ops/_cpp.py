@@ -318,8 +318,12 @@ def _vectors(x: torch.Tensor, *vectors: torch.Tensor | None) -> tuple[list[Any],
     if not dtypes <= {x.dtype, torch.float32}:
         names = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"vectors beside {x.dtype} activations: got {names}, expected it or fp32")
-    common = functools.reduce(torch.promote_types, dtypes) if dtypes else x.dtype
-    return [None if v is None else v.to(common).contiguous() for v in vectors], _code(common)
+    if len(dtypes) > 1:
+        common = functools.reduce(torch.promote_types, dtypes)
+        vectors = tuple(None if v is None else v.to(common) for v in vectors)
+    else:
+        common = dtypes.pop() if dtypes else x.dtype
+    return [None if v is None else v.contiguous() for v in vectors], _code(common)
 
 
 def _embedding(

@@ -129,7 +129,8 @@ OPS: dict[str, Op] = {
     )
 }
 
-_forced = device.setting("FASTBERT_BACKEND")
+_asked = device.setting("FASTBERT_BACKEND")
+_forced = None if _asked == "auto" else _asked
 _strict = device.setting("FASTBERT_STRICT") == "1"
 
 

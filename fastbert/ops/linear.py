@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
 from fastbert.ops._matmul import autocast_to, mm, widens
 
@@ -14,12 +15,16 @@ from fastbert.ops._matmul import autocast_to, mm, widens
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     """y = x w^T + b.
 
-    x: (T, K).  w: (N, K).  b: (N,) or None.  Returns (T, N); under autocast in the autocast dtype.
+    x: (T, K).  w: (N, K).  b: (N,) or None, in x's dtype or fp32.  Returns (T, N); under autocast
+    in the autocast dtype.  Raises ValueError for bad shapes, dtypes or devices.
     torch's own Linear, but for bf16 on a CPU without bf16 matrix units, where the products go
     through fp32 (see ``_matmul.widens``).
     """
     x, w = autocast_to(x, w)
-    b = None if b is None else b.to(x.dtype)
+    _check.activation("x", x, ("T", "K"))
+    _check.like("w", w, x, (w.shape[0], x.shape[1]))
+    _check.vector("b", b, x, w.shape[0])
+    b = b if b is None or b.dtype == x.dtype else b.to(x.dtype)
     if torch.compiler.is_compiling() or not widens(x, min(*x.shape, w.shape[0])):
         return F.linear(x, w, b)
     if torch.is_grad_enabled() and wants_grad(x, w, b):

@@ -35,7 +35,9 @@ def linear_cross_entropy(
     Returns a 0-d loss in fp32 (fp64 for fp64).
     Rows go in chunks; each chunk's logits become their own gradient in place, so the gradients of
     hidden, weight and bias are complete when forward ends (the idea of Liger and of Wijmans et al.,
-    arXiv 2411.09009) and backward only scales them by the incoming gradient.
+    arXiv 2411.09009) and backward only scales them by the incoming gradient. In fp16 the mean's
+    1 / count waits for backward too: a GradScaler's factor comes only then, and a probability
+    divided by the count before it would be lost below fp16's 6e-8.
     Raises ValueError for bad shapes or dtypes and, on CPU, for a label outside 0 .. V - 1.
     """
     if reduction not in ("mean", "sum"):
@@ -77,14 +79,17 @@ def _forward(
     mean: bool,
     wanted: tuple[bool, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss, dhidden, dweight, dbias; a gradient that is not ``wanted`` is empty."""
+    """loss, dhidden, dweight, dbias; a gradient that is not ``wanted`` is empty.
+
+    In fp16 the gradients are those of the sum (see ``_unit``).
+    """
     rows, classes = hidden.shape[0], weight.shape[0]
     launch = _OP.launcher("fwd", hidden, classes)
     statistic = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = torch.empty(rows, dtype=statistic, device=hidden.device)
-    scale = torch.ones(1, dtype=statistic, device=hidden.device)
-    if mean:
-        scale = scale / (labels != ignore_index).sum()
+    one = torch.ones(1, dtype=statistic, device=hidden.device)
+    scale = one / (labels != ignore_index).sum() if mean else one
+    grad_scale = one if hidden.dtype == torch.float16 else scale
     step = max(1, _CHUNK_BYTES // max(1, classes * hidden.element_size()))
     dhidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
     # Chunks add up in fp32: a bf16 sum would lose a bit with every chunk.
@@ -96,7 +101,7 @@ def _forward(
         part = slice(start, min(start + step, rows))
         chunk = mm(hidden[part], weight.t(), out=logits[: part.stop - start])
         losses[part] = launch(
-            chunk, bias, labels[part], ignore_index, scale if any(wanted) else None
+            chunk, bias, labels[part], ignore_index, grad_scale if any(wanted) else None
         )
         if wanted[0]:
             mm(chunk, weight, out=dhidden[part])
@@ -108,13 +113,26 @@ def _forward(
     return loss, dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
+def _unit(hidden: torch.Tensor, labels: torch.Tensor, ignore_index: int, mean: bool) -> Any:
+    """What ``_forward``'s gradients still have to be multiplied by: 1, or 1 / count in fp16."""
+    if hidden.dtype != torch.float16 or not mean:
+        return None
+    return 1.0 / (labels != ignore_index).sum().clamp(min=1)
+
+
 def _scaled(grad: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
-    """``grad`` times the incoming gradient, in place where that is legal."""
+    """``grad`` times the incoming gradient."""
     # The usual loss.backward() brings exactly 1; on CPU looking at it is free and saves a pass over
     # the (V, H) gradient. On a GPU looking would wait for the device.
     if dloss.device.type == "cpu" and dloss.item() == 1.0:
         return grad
-    return grad * dloss.to(grad.dtype)
+    return _times(grad, dloss)
+
+
+def _times(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    if grad.dtype == torch.float16:
+        return grad.float().mul_(factor).half()  # a GradScaler's factor may be past 65504
+    return grad * factor.to(grad.dtype)
 
 
 class _Eager(torch.autograd.Function):
@@ -124,11 +142,13 @@ class _Eager(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         loss, *grads = _forward(hidden, weight, bias, labels, ignore_index, mean, wanted)
         ctx.save_for_backward(*grads)
+        ctx.unit = _unit(hidden, labels, ignore_index, mean)
         return (loss,)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor) -> Any:
+        dloss = dloss if ctx.unit is None else dloss * ctx.unit
         wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         grads = (_scaled(grad, dloss) if want else None for grad, want in wanted)
         return *grads, None, None, None
@@ -154,12 +174,15 @@ def _library_fake(hidden: Any, weight: Any, bias: Any, labels: Any, ignore: int,
 
 
 def _library_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.has_bias = inputs[2] is not None
+    hidden, _, bias, labels, ignore_index, mean = inputs
+    ctx.has_bias = bias is not None
+    ctx.unit = _unit(hidden, labels, ignore_index, mean)
     ctx.save_for_backward(*output[1:])
 
 
 def _library_gradients(ctx: Any, dloss: torch.Tensor, *ignored: Any) -> Any:
-    dhidden, dweight, dbias = (grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors)
+    dloss = dloss if ctx.unit is None else dloss * ctx.unit
+    dhidden, dweight, dbias = (_times(grad, dloss) for grad in ctx.saved_tensors)
     return dhidden, dweight, dbias if ctx.has_bias else None, None, None, None
 
 

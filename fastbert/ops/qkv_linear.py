@@ -31,7 +31,7 @@ def qkv_linear(
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         _check.like(f"weights[{i}]", w, x, (weights[0].shape[0], x.shape[1]))
         _check.vector(f"biases[{i}]", b, x, w.shape[0])
-    biases = tuple(None if b is None else b.to(x.dtype) for b in biases)
+    biases = tuple(b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases)
     if torch.compiler.is_compiling():
         parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return torch.cat(parts, 1)
@@ -45,15 +45,25 @@ def _forward(
 ) -> torch.Tensor:
     width = weights[0].shape[0]
     out = x.new_empty(x.shape[0], len(weights) * width)
-    fused_bias = not widens(x, min(*x.shape, width))
-    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
-        columns = out[:, i * width : (i + 1) * width]
-        if b is not None and fused_bias:
-            torch.addmm(b, x, w.t(), out=columns)
-        else:
-            mm(x, w.t(), out=columns)
+    columns = [out[:, i * width : (i + 1) * width] for i in range(len(weights))]
+    # On CPU, BLAS is handed a bias as a copy of it in every row, which the product then reads back;
+    # one pass over the output in the end is 7% faster for 1024 tokens of BERT-base in fp32. In 16
+    # bits that pass would round a second time.
+    wide_on_cpu = x.device.type == "cpu" and x.dtype.itemsize > 2
+    if wide_on_cpu or widens(x, min(*x.shape, width)):
+        for part, w in zip(columns, weights, strict=True):
+            mm(x, w.t(), out=part)
+        if all(b is not None for b in biases):
+            return out.add_(torch.cat(biases))
+        for part, b in zip(columns, biases, strict=True):
             if b is not None:
-                columns += b
+                part.add_(b)
+        return out
+    for part, w, b in zip(columns, weights, biases, strict=True):
+        if b is None:
+            mm(x, w.t(), out=part)
+        else:
+            torch.addmm(b, x, w.t(), out=part)
     return out
 
 

@@ -25,6 +25,8 @@ import triton.language as tl
 from fastbert.kernels import (
     _config,
     _philox,
+    _reduce,
+    _table_gradient,
     add_layer_norm,
     attention,
     bias_gelu,
@@ -499,6 +501,19 @@ def test_ids_out_of_range_read_an_edge_and_write_nothing():
     assert (dposition[:4] != 0).any(1).all() and (dposition[4:] == 0).all()
 
 
+@kernel_test
+@pytest.mark.parametrize("chunk", [2, 32])
+def test_ids_out_of_range_leave_the_rows_around_a_table_alone(chunk, monkeypatch):
+    monkeypatch.setattr(_config, "RUN_CHUNK", chunk)
+    guarded = torch.zeros(11, 64, device=DEVICE)  # rows 1 to 9 are the gradient of a table of 9
+    monkeypatch.setattr(torch, "zeros_like", lambda x: guarded[1:10])
+    ids = torch.tensor([-1] * 5 + [4] * 3 + [9] * 5, device=DEVICE)
+    _table_gradient.sum_runs(torch.ones(13, 64, device=DEVICE), ids, torch.empty(9, 64))
+    expected = torch.zeros(11, 64, device=DEVICE)
+    expected[1 + 4] = 3
+    assert torch.equal(guarded, expected)
+
+
 # --- cross_entropy_rows ------------------------------------------------------------------------
 
 
@@ -571,6 +586,18 @@ def test_rows_out_of_range_are_neither_read_nor_written():
     assert torch.equal(gathered[1], x[1]) and (gathered[[0, 2, 3]] == 0).all()
     scattered = rows.scatter_rows(x, index, 4)
     assert torch.equal(scattered[1], x[1]) and (scattered[[0, 2, 3]] == 0).all()
+
+
+# --- partial sums ------------------------------------------------------------------------------
+
+
+@kernel_test
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 64, 70), (3, 150, 33)])
+def test_sum_partials(shape):
+    partial_sums = random(*shape)
+    sums = _reduce.sum_partials(partial_sums, FP32)
+    assert len(sums) == shape[0]
+    torch.testing.assert_close(torch.stack(sums), partial_sums.sum(1))
 
 
 # --- every launcher ----------------------------------------------------------------------------

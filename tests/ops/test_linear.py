@@ -70,3 +70,21 @@ def test_autocast(target: Target) -> None:
     wide = {n: x.double() for n, x in inputs.items()}
     assert results["out"].dtype == torch.bfloat16
     check_results(results, torchs, run(plain, wide, grad.double()), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("x", {"x": torch.ones(8)}),
+        ("x", {"x": torch.ones(3, 8, dtype=torch.int64)}),
+        ("w", {"w": torch.ones(5, 7)}),
+        ("w", {"w": torch.ones(5, 8, dtype=torch.float64)}),
+        ("w", {"w": torch.ones(5, 8, device="meta")}),
+        ("b", {"b": torch.ones(4)}),
+        ("b", {"b": torch.ones(5, dtype=torch.bfloat16)}),
+    ],
+)
+def test_bad_input(name: str, arguments: dict) -> None:
+    good = {"x": torch.ones(3, 8), "w": torch.ones(5, 8), "b": torch.ones(5)}
+    with pytest.raises(ValueError, match=rf"^{name}: got .*expected"):
+        linear(**(good | arguments))

@@ -141,6 +141,23 @@ def test_gradient_of_the_loss_is_scaled(target: Target) -> None:
         assert error(eighth[f"d{name}"] * 8, one[f"d{name}"].double()) <= ATOL[target.dtype]
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0**16])
+def test_fp16_gradients_that_only_a_grad_scaler_saves(factor: float) -> None:
+    """A flat softmax over 300 classes and 200 rows: a probability over the count is 1.7e-5, times
+    a feature of 1e-3 it is below fp16's smallest number until the scaler's factor is in it."""
+    labels = torch.arange(200) % 300
+    hidden = torch.full((200, 8), 1e-3, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(300, 8, dtype=torch.float16, requires_grad=True)
+    with torch.no_grad():
+        weight[::2] = 2e-3
+    (linear_cross_entropy(hidden, weight, None, labels) * factor).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    (F.cross_entropy(F.linear(*exact), labels) * factor).backward()
+    for ours, oracle in zip((hidden, weight), exact, strict=True):
+        bound = 0.01 * oracle.grad.abs().max() + 6e-8
+        assert (ours.grad - oracle.grad).abs().max() <= bound
+
+
 @on_float32_targets
 def test_backward_twice(target: Target) -> None:
     labels, inputs = example(Draw(target), 65, 96, 127)

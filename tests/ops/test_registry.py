@@ -211,6 +211,18 @@ def test_strict_mode_refuses_to_fall_back(without_cpp: None) -> None:
 # ------------------------------------------------------------------------------ the environment
 
 
+def test_auto_in_the_environment_forces_nothing() -> None:
+    code = "from fastbert.ops import _registry; print(_registry._forced)"
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path, "FASTBERT_BACKEND": "auto"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "None\n", done.stderr
+
+
 def test_environment() -> None:
     """In a process of its own: the variables are read once, when the table is imported."""
     code = """
@@ -243,7 +255,7 @@ except ops.BackendError as error:
     )
     assert done.returncode == 0, done.stderr
     bad_backend, bad_strict, forced, strict = done.stdout.splitlines()
-    assert bad_backend.startswith("FASTBERT_BACKEND='cudnn': expected one of cpp, ")
+    assert bad_backend.startswith("FASTBERT_BACKEND='cudnn': expected one of auto, cpp, ")
     assert bad_strict.startswith("FASTBERT_STRICT='yes': expected one of ")
     assert forced == "{'reference'}"
     assert strict.startswith("bias_gelu: strict mode, and only the reference can serve")
