@@ -31,6 +31,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 
+MATRIX_INSTRUCTIONS = {"HMMA", "HGMMA", "UTCHMMA", "UTCHMMA2CTA", "IMMA", "IGMMA", "UTCIMMA"}
+
 TOKENS, MASKED, VOCABULARY = 8192, 1229, 30522
 
 
@@ -128,6 +130,17 @@ def _rows(dtype: Any) -> None:
     rows.scatter_rows(rows.gather_rows(x, index), index, TOKENS)
 
 
+def _linear_int8(dtype: Any) -> None:
+    import torch
+
+    from fastbert.kernels import linear_int8
+
+    weight, weight_scale = torch.empty(3072, 768, dtype=torch.int8), torch.empty(3072)
+    for tokens in (TOKENS, 64, 16):
+        q, scale = linear_int8.quantize_rows(torch.empty(tokens, 768, dtype=dtype))
+        linear_int8.linear_int8(q, scale, weight, weight_scale, weight_scale, 1, dtype)
+
+
 CASES: dict[str, Callable[[Any], None]] = {
     "attention": partial(_attention, head_dim=64, p=0.0),
     "attention dropout": partial(_attention, head_dim=64, p=0.1),
@@ -138,6 +151,7 @@ CASES: dict[str, Callable[[Any], None]] = {
     "embed_layer_norm dropout": partial(_embed_layer_norm, width=768, p=0.1),
     "cross_entropy_rows": _cross_entropy_rows,
     "rows": _rows,
+    "linear_int8 gelu": _linear_int8,
     # Beyond BERT-base.
     "attention D=32 dropout": partial(_attention, head_dim=32, p=0.1),
     "attention D=40 dropout": partial(_attention, head_dim=40, p=0.1),
@@ -176,7 +190,7 @@ def _machine_code_facts(cubin: bytes) -> dict[str, Any]:
         ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = re.findall(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    matrix = {"HMMA", "HGMMA", "UTCHMMA", "UTCHMMA2CTA"} & {code.split(".")[0] for code in opcodes}
+    matrix = MATRIX_INSTRUCTIONS & {code.split(".")[0] for code in opcodes}
 
     def widest(prefix: str) -> int:
         bits = [re.search(r"\.(64|128|256)(\.|$)", c) for c in opcodes if c.startswith(prefix)]
@@ -236,6 +250,14 @@ def sweep(cases: list[str], arches: list[int], dtypes: list[str], jobs: int) -> 
             yield from rows
 
 
+def write(path: Path, result: dict[str, Any]) -> None:
+    """JSON with one line a kernel: hundreds of rows that a diff should show one by one."""
+    head = {name: value for name, value in result.items() if name != "kernels"}
+    rows = ",\n  ".join(map(json.dumps, result["kernels"]))
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    path.write_text(f'{text},\n "kernels": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
@@ -263,7 +285,7 @@ def main() -> int:
             flush=True,
         )
     result = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, result)
     return 0
 
 

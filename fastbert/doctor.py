@@ -88,7 +88,15 @@ def _ops() -> list[dict[str, Any]]:
 
     sizes = {"attention": 64, "bias_gelu": 3072, "cross_entropy_rows": 30522}
     sizes |= dict.fromkeys(
-        ("add_layer_norm", "embed_layer_norm", "gather_rows", "scatter_rows"), 768
+        (
+            "add_layer_norm",
+            "embed_layer_norm",
+            "gather_rows",
+            "scatter_rows",
+            "quantize_rows",
+            "linear_int8",
+        ),
+        768,
     )
     kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
     if device.cuda_reason() is None:

@@ -52,6 +52,16 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+class MatmulTile(NamedTuple):
+    """block_m, block_n: rows and columns of y.  block_k: of the sum, a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
 def capability(x: torch.Tensor) -> tuple[int, int]:
     """Compute capability to choose a launch on ``x`` for; CPU tensors (interpreter): sm_80's."""
     return _cuda_capability(x.device.index) if x.is_cuda else (8, 0)
@@ -85,7 +95,7 @@ def layer_norm_fwd(width: int) -> RowBlock:
 
 def layer_norm_bwd(width: int) -> RowBlock:
     """8 elements a thread: three fp32 sums of the block's size stay in registers."""
-    return _row_block(width, 2048, 8)
+    return _row_block(width, 1024, 8)
 
 
 def tile(width: int, itemsize: int) -> Tile:
@@ -96,9 +106,9 @@ def tile(width: int, itemsize: int) -> Tile:
 
 
 def bias_gelu_bwd(width: int) -> Tile:
-    """One warp a row of the tile, 32 elements a thread with their fp32 bias-gradient sums."""
+    """16 elements a thread with their fp32 sums; 32 spill on sm_100 in the tanh form."""
     block_n = min(256, max(16, triton.next_power_of_2(width)))
-    return Tile(4096 // block_n, block_n, 4)
+    return Tile(2048 // block_n, block_n, 4)
 
 
 def sum_partials() -> tuple[int, int, int]:
@@ -170,7 +180,7 @@ _ATTENTION_TILES_FP32 = {
     32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
     64: ((32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 1)),
     128: ((16, 32, 8, 2), (16, 32, 8, 2), (16, 32, 8, 1)),
-    256: ((16, 16, 4, 1), (16, 16, 8, 2), (16, 16, 8, 1)),
+    256: ((16, 16, 4, 1), (16, 16, 4, 2), (16, 16, 8, 1)),
 }
 
 
@@ -183,3 +193,12 @@ def attention(head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int]
         unit = {9: "wgmma", 10: "tcgen05"}.get(arch[0], "mma")
         tiles = _ATTENTION_TILES[unit][padded, dropout]
     return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+
+
+def linear_int8(num_rows: int, arch: tuple[int, int]) -> MatmulTile:
+    """128 x 128 tiles where there are rows to fill them; a handful of rows only streams weights."""
+    if num_rows <= 64:
+        return MatmulTile(16 if num_rows <= 16 else 64, 64, 128, 4, 4)
+    if arch[0] >= 9:
+        return MatmulTile(128, 128, 128, 8, 3)
+    return MatmulTile(128, 128, 64, 8, 3)

@@ -16,6 +16,7 @@ from fastbert.ops.add_layer_norm import add_residual_reference, layer_norm_refer
 from fastbert.ops.attention import attention_reference, drop_probabilities
 from fastbert.ops.bias_gelu import bias_gelu_reference
 from fastbert.ops.embed_layer_norm import embed_reference
+from fastbert.ops.linear_int8 import linear_int8_reference, quantize_rows_reference
 from fastbert.ops.rows import gather_rows_reference, scatter_rows_reference
 
 Tensor = torch.Tensor
@@ -154,3 +155,11 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 def scatter_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     _check.ascending("index", index, num_rows)
     return scatter_rows_reference(x, index, num_rows)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_rows_reference(x)
+
+
+def linear_int8(*inputs: Any) -> Tensor:
+    return linear_int8_reference(*inputs)

@@ -104,12 +104,14 @@ def _op(
     name: str,
     *,
     native: str,
+    cpp: bool = True,
     cuda: bool = False,
     bwd: bool = True,
     forward_only: tuple[str, ...] = (),
     **limits: int,
 ) -> Op:
-    modules = {"cpp": "fastbert.ops._cpp", "triton": f"fastbert.kernels.{native}"}
+    modules = {"cpp": "fastbert.ops._cpp"} if cpp else {}
+    modules["triton"] = f"fastbert.kernels.{native}"
     if cuda:
         modules["cuda"] = "fastbert.ops._cuda_launch"
     modules["reference"] = "fastbert.ops._reference"
@@ -126,6 +128,9 @@ OPS: dict[str, Op] = {
         _op("cross_entropy_rows", native="cross_entropy", bwd=False),
         _op("gather_rows", native="rows", bwd=False),
         _op("scatter_rows", native="rows", bwd=False),
+        # On CPU int8 belongs to the inference engine, which keeps weights in its own layout.
+        _op("quantize_rows", native="linear_int8", cpp=False, bwd=False, triton=16384),
+        _op("linear_int8", native="linear_int8", cpp=False, bwd=False),
     )
 }
 

@@ -30,9 +30,18 @@ def _load(name: str):
 def test_every_op_of_the_table_has_a_bench_case() -> None:
     from fastbert.ops import OPS
 
-    benched = {case.op for case in _load("cases").cases("cpu")}
-    # cross_entropy_rows is timed inside linear_cross_entropy, scatter_rows as gather_rows' twin.
-    assert set(OPS) - {"cross_entropy_rows", "scatter_rows"} <= benched
+    cases = _load("cases")
+    # cross_entropy_rows is timed inside linear_cross_entropy.
+    assert set(OPS) - {"cross_entropy_rows"} <= {case.op for case in cases.cases("cuda")}
+    with_kernel = {name for name, op in OPS.items() if "cpp" in op.modules}
+    assert with_kernel - {"cross_entropy_rows"} <= {case.op for case in cases.cases("cpu")}
+
+
+def test_the_int8_case_is_right_and_names_its_peers() -> None:
+    problem = _load("cases")._int8(64, fused=True)("cpu", torch.float32)
+    assert problem.check() <= 1
+    assert {"torch Linear + GELU", "torch._int_mm"} <= set(problem.peers)
+    problem.ours()
 
 
 def test_a_case_that_fails_parity_reports_no_speed() -> None:

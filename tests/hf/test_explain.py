@@ -24,7 +24,8 @@ def test_every_op_has_a_row_with_its_backend() -> None:
     model = accelerate(tiny("BertForMaskedLM"))
     with use_backend("reference"):
         rows = rows_of(model, where="cpu float32")
-    assert [row["what"] for row in rows] == list(OPS)
+    int8 = {"quantize_rows", "linear_int8"}  # no part of a float model
+    assert [row["what"] for row in rows] == [op for op in OPS if op not in int8]
     assert {row["takes"] for row in rows} == {"reference"}
     assert all("reference is forced" in r["why"] or "cpp: " in r["why"] for r in rows)
 

@@ -32,6 +32,9 @@ def compile_kernels(tmp_path, *options):
 
 def matrix_instruction(row):
     """What multiplies in this kernel: None for full fp32 and for kernels without products."""
+    if row["kernel"] == "linear_int8":
+        # wgmma takes 64 rows or more; Triton has no int8 for sm_100's tcgen05.
+        return "IGMMA" if row["arch"] == 90 and row["constants"]["BLOCK_M"] >= 64 else "IMMA"
     if not row["kernel"].startswith("attention") or row["dtype"] == "fp32":
         return None
     if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64:

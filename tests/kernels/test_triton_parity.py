@@ -32,8 +32,10 @@ from fastbert.kernels import (
     bias_gelu,
     cross_entropy,
     embed_layer_norm,
+    linear_int8,
     rows,
 )
+from fastbert.ops.linear_int8 import linear_int8_reference, quantize_rows_reference
 
 INTERPRETED = not isinstance(rows._gather_rows_kernel, triton.runtime.JITFunction)
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -586,6 +588,40 @@ def test_rows_out_of_range_are_neither_read_nor_written():
     assert torch.equal(gathered[1], x[1]) and (gathered[[0, 2, 3]] == 0).all()
     scattered = rows.scatter_rows(x, index, 4)
     assert torch.equal(scattered[1], x[1]) and (scattered[[0, 2, 3]] == 0).all()
+
+
+# --- linear_int8 -------------------------------------------------------------------------------
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(1, 3), (17, 64), (9, 600)])
+def test_quantize_rows(shape, dtype):
+    x = random(*shape, dtype=dtype)
+    x[0] = 0
+    x[-1, 0] = 100.0
+    q, scale = linear_int8.quantize_rows(x)
+    expected, expected_scale = quantize_rows_reference(x)
+    assert torch.equal(q, expected) and torch.equal(scale, expected_scale)
+
+
+@kernel_test
+@pytest.mark.parametrize("activation", [0, 1, 2])
+@pytest.mark.parametrize("size", [(1, 64, 16), (17, 96, 70), (130, 40, 200)], ids=str)
+def test_linear_int8(size, activation):
+    rows_, width, columns = size
+    generator = torch.Generator().manual_seed(0)
+
+    def int8(*shape):
+        return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+
+    q, weight = int8(rows_, width), int8(columns, width)
+    scale, weight_scale, bias = random(rows_).abs(), random(columns).abs() * 1e-4, random(columns)
+    for b in (bias, None):
+        arguments = (q, scale, weight, weight_scale, b, activation)
+        exact = linear_int8_reference(*arguments, torch.float64)
+        got = linear_int8.linear_int8(*arguments, FP32)
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=2e-6)
 
 
 # --- partial sums ------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""quantize_rows and linear_int8: a Linear whose products are those of int8 numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import _check
+from fastbert.ops._library import define
+from fastbert.ops._registry import OPS
+
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 by row: scale_t = max_k |x_tk| / 127, q_tk = round(x_tk / scale_t), halves to
+    even (Zafrir et al., arXiv 1910.06188, eq. 1, with one scale a token).
+
+    x: (T, K) floating, finite.  Returns q (T, K) int8 and scale (T,) fp32, 0 for a row of zeros.
+    Not differentiable. Raises ValueError for a bad shape or dtype.
+    """
+    _check.activation("x", x, ("T", "K"))
+    if torch.compiler.is_compiling():
+        return _compiled_rows(x)
+    return _launch_rows(x)
+
+
+def linear_int8(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """y_tn = act( (sum_k q_tk weight_nk) * scale_t * weight_scale_n + bias_n ).
+
+    q: (T, K) int8, scale: (T,) fp32, as quantize_rows makes them.  weight: (N, K) int8,
+    weight_scale: (N,) fp32.  bias: (N,) fp32 or None.  activation: "none", "gelu" or "gelu_tanh".
+    Returns (T, N) in ``dtype``. The sum is exact in int32, what follows is fp32.
+    Not differentiable. Raises ValueError for bad shapes, dtypes, devices or ``activation``.
+    """
+    _int8("q", q, ("T", "K"))
+    _int8("weight", weight, ("N", q.shape[1]))
+    fp32 = torch.empty(0, dtype=torch.float32, device=q.device)
+    for name, v, size in (
+        ("scale", scale, q.shape[0]),
+        ("weight_scale", weight_scale, weight.shape[0]),
+        ("bias", bias, weight.shape[0]),
+    ):
+        _check.vector(name, v, fp32, size)
+    if weight.device != q.device:
+        raise ValueError(f"weight: got {_check.describe(weight)}, expected it on {q.device}")
+    if activation not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"activation: got {activation!r}, expected one of {names}")
+    if dtype not in _check.FLOATS:
+        raise ValueError(f"dtype: got {dtype}, expected a floating-point dtype")
+    call = _compiled if torch.compiler.is_compiling() else _launch
+    return call(q, scale, weight, weight_scale, bias, _ACTIVATIONS[activation], dtype)
+
+
+def _int8(name: str, x: torch.Tensor, shape: tuple[int | str, ...]) -> None:
+    fits = isinstance(x, torch.Tensor) and x.dtype == torch.int8 and x.dim() == len(shape)
+    if not fits or any(isinstance(n, int) and m != n for m, n in zip(x.shape, shape, strict=True)):
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: got {_check.describe(x)}, expected int8 of shape ({expected})")
+
+
+def quantize_rows_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.float()
+    largest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    # Not 127.0 / largest, which torch computes as a product with the reciprocal, rounded twice.
+    limit = largest.new_full((1,), 127.0)
+    inverse = torch.where(largest > 0, limit / largest, 0.0)
+    return (x * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), largest / limit
+
+
+def linear_int8_reference(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    sums = (q.double() @ weight.double().t()).float()  # below 2^53, so exact
+    y = sums * (scale[:, None] * weight_scale)
+    y = y if bias is None else y + bias
+    if activation:
+        y = F.gelu(y, approximate="tanh" if activation == _ACTIVATIONS["gelu_tanh"] else "none")
+    return y.to(dtype)
+
+
+def _launch_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return OPS["quantize_rows"].launcher("fwd", x, x.shape[1])(x.contiguous())
+
+
+def _launch(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
+    bias: torch.Tensor | None, activation: int, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    # The table knows floating activations: the output stands for the int8 input.
+    like = q.new_empty(0, dtype=dtype)
+    tensors = (q, scale, weight, weight_scale)
+    return OPS["linear_int8"].launcher("fwd", like, q.shape[1])(
+        *(x.contiguous() for x in tensors),
+        None if bias is None else bias.contiguous(),
+        activation,
+        dtype,
+    )
+
+
+def _fake(q: torch.Tensor, scale: Any, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q.new_empty(q.shape[0], weight.shape[0], dtype=rest[-1])
+
+
+_compiled_rows = define(
+    "quantize_rows",
+    "(Tensor x) -> (Tensor, Tensor)",
+    _launch_rows,
+    lambda x: (
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+    ),
+)
+_compiled = define(
+    "linear_int8",
+    "(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, int activation, "
+    "ScalarType dtype) -> Tensor",
+    _launch,
+    _fake,
+)
