@@ -93,9 +93,12 @@ def layer_norm_fwd(width: int) -> RowBlock:
     return _row_block(width, 4096, 32)
 
 
-def layer_norm_bwd(width: int) -> RowBlock:
-    """8 elements a thread: three fp32 sums of the block's size stay in registers."""
-    return _row_block(width, 1024, 8)
+def layer_norm_bwd(width: int, itemsize: int) -> RowBlock:
+    """8 elements a thread: three fp32 sums of the block's size stay in registers.
+
+    On sm_100 a second row a block spills in 16 bits, and its absence does in fp32.
+    """
+    return _row_block(width, 2048 if itemsize == 4 else 1024, 8)
 
 
 def tile(width: int, itemsize: int) -> Tile:

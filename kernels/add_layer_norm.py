@@ -218,7 +218,7 @@ def add_layer_norm_bwd(
     if num_rows == 0:
         sums = [torch.zeros_like(weight) for _ in range(num_sums)]
         return dz, dx, sums[0], sums[1], sums[2] if need_x_bias else None
-    block_m, block_h, num_warps = _config.layer_norm_bwd(width)
+    block_m, block_h, num_warps = _config.layer_norm_bwd(width, dy.element_size())
     groups = _config.row_groups(triton.cdiv(num_rows, block_m), 1, _config.capability(z))
     partial = torch.empty(num_sums, groups, width, dtype=torch.float32, device=z.device)
     with torch.cuda.device_of(z):

@@ -278,7 +278,7 @@ def embed_layer_norm_bwd(
     if num_tokens == 0:
         zeros = [None if p is None else torch.zeros_like(p) for p in (word, position, token_type)]
         return *zeros, torch.zeros_like(weight), torch.zeros_like(weight)
-    block_m, block_h, num_warps = _config.layer_norm_bwd(width)
+    block_m, block_h, num_warps = _config.layer_norm_bwd(width, dy.element_size())
     groups = _config.row_groups(triton.cdiv(num_tokens, block_m), 1, _config.capability(dy))
     partial = torch.empty(2, groups, width, dtype=torch.float32, device=dy.device)
     de = torch.empty_like(dy)

@@ -80,7 +80,11 @@ def test_attention_has_tiles_for_every_device(arch):
 
 @pytest.mark.parametrize("width", [1, 3, 64, 96, 768, 1000, 1024, 5000, 16384])
 def test_row_launch_choices(width):
-    for block in (_config.layer_norm_fwd(width), _config.layer_norm_bwd(width)):
+    for block in (
+        _config.layer_norm_fwd(width),
+        _config.layer_norm_bwd(width, 2),
+        _config.layer_norm_bwd(width, 4),
+    ):
         assert block.block_h >= width and all(map(is_power_of_two, block))
     for tile in (_config.tile(width, 2), _config.tile(width, 4), _config.bias_gelu_bwd(width)):
         assert all(map(is_power_of_two, tile))
