@@ -9,6 +9,7 @@ Variables read here:
                                  without it, warning, if that fails; 1: fail then; 0: leave it out
   FASTBERT_CUDA_ARCHS="80 90"    compile for these GPU generations only (a quick build)
   CXX, CUDA_HOME                 another C++ compiler; where to look for bin/nvcc first
+  CXXFLAGS, LDFLAGS              added to the flags of fastbert._cpu (a build for a sanitizer, say)
 """
 
 import importlib.util
@@ -31,10 +32,17 @@ ROOT = Path(__file__).resolve().parent
 OBJECTS = Path("build", "native")  # relative to ROOT, where ninja runs
 
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -pthread"
-# In order of age: see link_order().
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {AVX2}"
+# In order of age: see link_order(). A unit linear_* without its flags compiles to nothing.
 ISA_FLAGS = {
-    "isa_avx2": "-mavx2 -mfma -mf16c",
-    "isa_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx2 -mf16c",
+    "isa_avx2": AVX2,
+    "linear_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "linear_avx512": AVX512,
+    "linear_avx512_vnni": f"{AVX512} -mavx512vnni",
+    "linear_avx2_vnni": f"{AVX2} -mavxvnni",
+    "linear_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16",
 }
 # --threads 0: the targets of one file side by side, on as many threads as there are CPUs.
 NVCC_FLAGS = (
@@ -73,9 +81,17 @@ def sources(*patterns):
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
-def isa_flags(source):
+def isa_flags(source, compiler):
+    """The flags of the source's instruction set; none where the compiler does not know them."""
     on_x86 = platform.machine() in ("x86_64", "AMD64")
-    return ISA_FLAGS.get(Path(source).stem, "") if on_x86 else ""
+    flags = ISA_FLAGS.get(Path(source).stem, "") if on_x86 else ""
+    if not flags:
+        return ""
+    probe = [compiler, *flags.split(), "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    if subprocess.run(probe, capture_output=True).returncode == 0:
+        return flags
+    print(f"{source} is left out: {compiler} does not know {flags}", file=sys.stderr)
+    return ""
 
 
 def link_order(source):
@@ -89,7 +105,7 @@ def link_order(source):
 
 
 def find_cxx():
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]
     found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         sys.exit(
@@ -180,7 +196,9 @@ class NinjaBuildExt(build_ext):
             "cuda_skipped": "FASTBERT_CUDA=0 at build time" if CUDA == "0" else None,
         }
         cpu, *cuda = self.extensions
-        if not self.ninja(cpu, cxx, CXX_FLAGS, "-shared -pthread -ldl"):
+        cxx_flags = f"{CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}"
+        link_flags = f"-shared -pthread -ldl {os.environ.get('LDFLAGS', '')}"
+        if not self.ninja(cpu, cxx, cxx_flags, link_flags):
             sys.exit("fastbert._cpu does not compile (see above). FASTBERT_NATIVE=0 leaves it out.")
         for extension in cuda:
             try:
@@ -214,7 +232,8 @@ class NinjaBuildExt(build_ext):
         lines = [NINJA_RULES, f"builddir = {OBJECTS / name}", f"compiler = {shlex.quote(compiler)}"]
         for source in sorted(extension.sources, key=link_order):
             objects.append((OBJECTS / name / f"{source}.o").as_posix())
-            own = binding_flags() if "/bindings/" in source else isa_flags(source)
+            bindings = "/bindings/" in source
+            own = binding_flags() if bindings else isa_flags(source, compiler)
             lines.append(f"build {objects[-1]}: compile {source}\n  flags = {flags} -Icsrc {own}")
         module = (OBJECTS / Path(self.get_ext_filename(extension.name)).name).as_posix()
         lines.append(f"build {module}: link {' '.join(objects)}\n  flags = {link_flags}\n")
@@ -234,8 +253,8 @@ CUDA = choice("FASTBERT_CUDA", "auto", "0", "1")
 
 extensions = []
 if NATIVE == "1":
-    cpu_sources = sources("csrc/cpu/*.cpp", "csrc/bindings/cpu.cpp")
-    extensions.append(Extension("fastbert._cpu", cpu_sources))
+    bindings = [path for path in sources("csrc/bindings/*.cpp") if not path.endswith("/cuda.cpp")]
+    extensions.append(Extension("fastbert._cpu", sources("csrc/cpu/*.cpp") + bindings))
 if NATIVE == "1" and CUDA != "0":
     cuda_sources = sources("csrc/cuda/*.cu", "csrc/bindings/cuda.cpp")
     extensions.append(Extension("fastbert._cuda", cuda_sources))

@@ -43,7 +43,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "FASTBERT_CPU_ISA": Setting(
         "the instruction set of the C++ kernels; unset: the best one that the CPU has",
-        *_one_of("portable", "avx2", "avx512"),  # _native checks that the CPU has it
+        # _native checks that the CPU has it
+        *_one_of("portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx"),
     ),
     "FASTBERT_NUM_THREADS": Setting(
         "threads of the C++ kernels; unset: as many as torch uses",

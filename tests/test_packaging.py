@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -181,6 +182,18 @@ def test_wheel_of_a_tree_that_was_built_before(tiny):
     assert facts["cuda_skipped"] == "FASTBERT_CUDA=0 at build time"
 
     assert "no work to do" in build(tiny, "--wheel", FASTBERT_CUDA="0")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64")
+def test_instructions_that_the_compiler_does_not_know_are_left_out(tiny):
+    old_compiler = tiny / "old-g++"
+    old_compiler.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    old_compiler.chmod(0o755)
+    unit = tiny / "csrc/cpu/linear_amx.cpp"
+    unit.parent.mkdir()
+    unit.touch()
+    output = build(tiny, "--wheel", FASTBERT_CUDA="0", CXX=str(old_compiler))
+    assert "csrc/cpu/linear_amx.cpp is left out" in output and "does not know" in output
 
 
 def test_cuda_that_does_not_compile(tiny):

@@ -10,6 +10,9 @@
 
 namespace py = pybind11;
 
+void bind_engine(py::module_& m);  // engine.cpp
+void bind_linear(py::module_& m);  // linear.cpp
+
 namespace {
 
 using fastbert::DType;
@@ -112,4 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
        [](const void*, const int64_t* index, int64_t count, int64_t num_rows, auto...) {
          fastbert::check_index(index, count, num_rows);
        });
+
+  bind_engine(m);
+  bind_linear(m);
 }

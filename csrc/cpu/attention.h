@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "microkernel.h"
+#include "ops.h"
 #include "parallel.h"
 #include "philox.h"
 
@@ -67,11 +68,8 @@ struct Attention {
   S kept_scale;  // of what dropout keeps: goes with the linear ends, out and dout
 };
 
-/// What one thread does at a time: `queries` queries from `first_query` on of the sequence of `length`
-/// tokens that begins at `start`, for `heads` heads.
-struct Piece {
-  int64_t start, length, first_query, queries, first_head, heads;
-};
+/// What one thread does at a time.
+using Piece = AttentionPiece;
 
 /// A block of scores: queries are the `rows` tokens from `first_token` on, keys are positions.
 struct Block {
@@ -162,7 +160,7 @@ void softmax_block(const Dropout& dropout, const Block& block, S* scores, S* max
   });
 }
 
-/// out and lse of one head of a piece.
+/// out and lse (unless it is nullptr) of one head of a piece.
 template <class T>
 void attention_fwd_head(const Attention<T>& in, const Piece& piece, int64_t head, T* out,
                         Compute<T>* lse) {
@@ -193,7 +191,9 @@ void attention_fwd_head(const Attention<T>& in, const Piece& piece, int64_t head
   }
   for (int64_t i = 0; i < queries; ++i) {
     const int64_t token = first_token + i;
-    lse[head * in.tokens + token] = static_cast<S>(maxima[i] * kLn2 + std::log(sums[i]));
+    if (lse != nullptr) {
+      lse[head * in.tokens + token] = static_cast<S>(maxima[i] * kLn2 + std::log(sums[i]));
+    }
     write_rows(acc + i * width, 1, dim, in.kept_scale / sums[i], out + in.out_row(token, head),
                in.out_stride());
   }
@@ -363,6 +363,17 @@ inline void attention_fwd(const void* qkv, const int32_t* cu_seqlens, int64_t nu
                  }
                });
   });
+}
+
+/// See KernelTable (ops.h).
+inline void attention_piece(const float* qkv, const AttentionPiece& piece, int64_t heads,
+                            int64_t head_dim, float* out) {
+  const double scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  const Attention<float> in(qkv, 0, heads, head_dim, scale, 0.0, 0, 0);
+  prefetch_piece(in, piece, in.qkv, 3);
+  for (int64_t i = 0; i < piece.heads; ++i) {
+    attention_fwd_head<float>(in, piece, piece.first_head + i, out, nullptr);
+  }
 }
 
 inline void attention_bwd(const void* dout, const void* qkv, const void* out, const void* lse,

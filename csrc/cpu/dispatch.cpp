@@ -3,6 +3,16 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "linear.h"
+
 namespace fastbert {
 
 #if defined(__x86_64__)
@@ -12,17 +22,72 @@ const KernelTable& kernel_table();
 namespace avx2 {
 const KernelTable& kernel_table();
 }
+// nullptr where the compiler did not know the instructions.
+namespace linear_amx {
+const LinearTable* linear_table();
+}
+namespace linear_avx512_vnni {
+const LinearTable* linear_table();
+}
+namespace linear_avx512 {
+const LinearTable* linear_table();
+}
+namespace linear_avx2_vnni {
+const LinearTable* linear_table();
+}
+namespace linear_avx2 {
+const LinearTable* linear_table();
+}
 #endif
 namespace portable {
 const KernelTable& kernel_table();
+}
+namespace linear_portable {
+const LinearTable* linear_table();
 }
 
 namespace {
 
 struct Unit {
   const char* name;
-  const KernelTable* table;
+  const KernelTable* kernels;
+  const LinearTable* linear;
 };
+
+#if defined(__x86_64__)
+/// Features that older compilers have no name for, by leaf 7 of CPUID. The registers of all but AMX
+/// are those of AVX2 and AVX-512, which __builtin_cpu_supports() answers for.
+struct Features {
+  bool avx512_vnni, avx512_bf16, avx_vnni, amx;
+};
+
+Features read_features() {
+  Features features = {};
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  const auto has = [](unsigned word, int bit) { return (word >> bit & 1) != 0; };
+  features.avx512_vnni = has(c, 11);
+  features.amx = has(d, 24) && has(d, 25) && has(d, 22);  // tiles, int8, bf16
+  const unsigned sub_leaves = a;
+  if (sub_leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    features.avx_vnni = has(a, 4);
+    features.avx512_bf16 = has(a, 5);
+  }
+  return features;
+}
+
+/// Linux hands out tile registers, whose 8 KB every context switch then saves, to who asks. What it
+/// grants is the process's, with the threads to come.
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Unit> find_units() {
   std::vector<Unit> units;
@@ -33,10 +98,27 @@ std::vector<Unit> find_units() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (avx512) units.push_back({"avx512", &avx512::kernel_table()});
-  if (avx2) units.push_back({"avx2", &avx2::kernel_table()});
+  const Features features = read_features();
+  const auto add = [&units](const char* name, const KernelTable& kernels,
+                            const LinearTable* linear) {
+    if (linear != nullptr) units.push_back({name, &kernels, linear});
+  };
+  if (avx512) {
+    const KernelTable& kernels = avx512::kernel_table();
+    const LinearTable* const amx = linear_amx::linear_table();
+    if (amx != nullptr && features.amx && features.avx512_bf16 && request_tiles()) {
+      add("amx", kernels, amx);
+    }
+    if (features.avx512_vnni) add("avx512_vnni", kernels, linear_avx512_vnni::linear_table());
+    add("avx512", kernels, linear_avx512::linear_table());
+  }
+  if (avx2) {
+    const KernelTable& kernels = avx2::kernel_table();
+    if (features.avx_vnni) add("avx2_vnni", kernels, linear_avx2_vnni::linear_table());
+    add("avx2", kernels, linear_avx2::linear_table());
+  }
 #endif
-  units.push_back({"portable", &portable::kernel_table()});
+  units.push_back({"portable", &portable::kernel_table(), linear_portable::linear_table()});
   return units;
 }
 
@@ -55,7 +137,9 @@ const Unit& current_unit() {
 
 }  // namespace
 
-const KernelTable& kernels() { return *current_unit().table; }
+const KernelTable& kernels() { return *current_unit().kernels; }
+
+const LinearTable& linear_kernels() { return *current_unit().linear; }
 
 const char* isa() { return current_unit().name; }
 

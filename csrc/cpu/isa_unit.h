@@ -6,6 +6,7 @@
 #include "bias_gelu.h"
 #include "cross_entropy.h"
 #include "embed_layer_norm.h"
+#include "engine_rows.h"
 #include "rows.h"
 
 namespace fastbert::FASTBERT_ISA {
@@ -14,7 +15,8 @@ const KernelTable& kernel_table() {
   static const KernelTable table = {
       &attention_fwd,      &attention_bwd,      &bias_gelu_fwd,        &bias_gelu_bwd,
       &add_layer_norm_fwd, &add_layer_norm_bwd, &embed_layer_norm_fwd, &embed_layer_norm_bwd,
-      &cross_entropy_rows, &gather_rows,        &scatter_rows,
+      &cross_entropy_rows, &gather_rows,        &scatter_rows,         &sum_rows,
+      &layer_norm_rows,    &attention_piece,
   };
   return table;
 }

@@ -18,6 +18,18 @@
 
 namespace fastbert {
 
+/// A row of `dtype` (fp32 or bf16).
+struct StoredRow {
+  const void* data;
+  DType dtype;
+};
+
+/// A part of attention: `queries` queries from `first_query` on, for `heads` heads, of the sequence of
+/// `length` tokens that begins at token `start`.
+struct AttentionPiece {
+  int64_t start, length, first_query, queries, first_head, heads;
+};
+
 struct KernelTable {
   /// qkv (T, 3, N, D), cu_seqlens (B + 1) -> out (T, N, D), lse (N, T).
   void (*attention_fwd)(const void* qkv, const int32_t* cu_seqlens, int64_t num_sequences,
@@ -92,12 +104,25 @@ struct KernelTable {
   /// x (count, cols), index (count) strictly ascending -> out (num_rows, cols), 0 where no index.
   void (*scatter_rows)(const void* x, const int64_t* index, int64_t count, int64_t num_rows,
                        int64_t cols, void* out, DType dtype, int num_threads);
+
+  // What the inference engine cuts its own work into. All fp32, on the calling thread.
+
+  /// y (cols) = the sum of `count` rows, added up in their order.
+  void (*sum_rows)(const StoredRow* rows, int64_t count, int64_t cols, float* y);
+
+  /// y (rows, cols) = LayerNorm(z); y may be z.
+  void (*layer_norm_rows)(const float* z, const float* weight, const float* bias, int64_t rows,
+                          int64_t cols, float eps, float* y);
+
+  /// qkv (T, 3, N, D), scores scaled by 1/√D -> the piece's part of out (T, N, D).
+  void (*attention_piece)(const float* qkv, const AttentionPiece& piece, int64_t heads,
+                          int64_t head_dim, float* out);
 };
 
 /// The table of the ISA in use: the best that this machine has, unless set_isa() chose.
 const KernelTable& kernels();
 
-/// Its name: "avx512", "avx2" or "portable".
+/// Its name, the one that dispatch.h knows: "avx512_vnni", say.
 const char* isa();
 
 }  // namespace fastbert

@@ -95,6 +95,17 @@ inline void pause_cpu() {
 #endif
 }
 
+/// Looks for `condition` some tens of microseconds long; true if it came.
+template <class Condition>
+bool watch(Condition condition) {
+  constexpr int kTurns = 500;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    if (condition()) return true;
+    pause_cpu();
+  }
+  return false;
+}
+
 /// Workers that watch a moment for the next region (the ops of one layer follow each other closely),
 /// then sleep. One region at a time: a second caller works alone meanwhile.
 class Pool {
@@ -131,13 +142,6 @@ class Pool {
     } catch (const std::system_error&) {
       // The system grants no more threads: those that are there do the work.
     }
-  }
-
-  /// Looks for `condition` some tens of microseconds long, in the hope to spare a sleep.
-  template <class Condition>
-  static void watch(Condition condition) {
-    constexpr int kTurns = 500;
-    for (int turn = 0; turn < kTurns && !condition(); ++turn) pause_cpu();
   }
 
   void serve() {
@@ -177,6 +181,7 @@ struct Threads {
   Gomp gomp;
   Pool pool;
   bool trust_gomp = true;
+  std::atomic<int> shared_out{0};  // threads in all ThreadShares
 };
 
 std::atomic<Threads*> threads{nullptr};
@@ -217,6 +222,59 @@ void run_parallel(int64_t n, int64_t grain, int num_threads, RangeFunction funct
   } else if (!threads.pool.run(region, team)) {
     region.work();
   }
+}
+
+// ------------------------------------------------------------------------------------------ stages
+
+namespace {
+
+/// The pieces of all stages, numbered through. A piece waits only for pieces with lower numbers, all
+/// of which are in the hands of running threads: somebody always gets on.
+struct StagedLoop {
+  void work(int worker) {
+    int64_t stage = 0;
+    for (;;) {
+      const int64_t number = next.fetch_add(1, std::memory_order_relaxed);
+      if (number >= first[stages]) return;
+      while (number >= first[stage + 1]) ++stage;
+      const auto ready = [&] { return done.load(std::memory_order_acquire) >= first[stage]; };
+      // What is waited for is being worked on. Others may need this core for it.
+      while (!watch(ready)) std::this_thread::yield();
+      function(context, stage, number - first[stage], worker);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  const int64_t* const first;
+  const int64_t stages;
+  const StageFunction function;
+  void* const context;
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> done{0};
+};
+
+}  // namespace
+
+void run_stages(const int64_t* first, int64_t stages, int num_threads, StageFunction function,
+                void* context) {
+  StagedLoop loop{first, stages, function, context};
+  // Each index is one thread's turn at the loop.
+  parallel_for(num_threads, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) loop.work(static_cast<int>(worker));
+  });
+}
+
+ThreadShare::ThreadShare(int wanted) {
+  static const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  std::atomic<int>& taken = current_threads().shared_out;
+  int others = taken.load(std::memory_order_relaxed);
+  do {
+    count_ = others == 0 ? wanted : std::clamp(cores - others, 1, wanted);
+  } while (!taken.compare_exchange_weak(others, others + count_, std::memory_order_relaxed));
+}
+
+ThreadShare::~ThreadShare() {
+  current_threads().shared_out.fetch_sub(count_, std::memory_order_relaxed);
 }
 
 // ----------------------------------------------------------------------------------------- scratch

@@ -28,7 +28,7 @@ def _num_threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set that the kernels use: "avx512", "avx2" or "portable"."""
+    """The instruction set that the kernels use: one of ``available_isas()``."""
     return _native.cpu().isa()
 
 

@@ -16,7 +16,8 @@ from ._targets import Draw, Target, targets
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ISAS = _cpp.available_isas() if _native.cpu_reason() is None else []
+AVAILABLE = _cpp.available_isas() if _native.cpu_reason() is None else []
+ISAS = [name for name in ("avx512", "avx2", "portable") if name in AVAILABLE]  # others share these
 FLOAT32 = Target("cpp", "cpu", torch.float32, torch.float32)
 KERNELS = [name for name, sample in samples(FLOAT32, 0.1).items() if sample.kernels is not None]
 PURE_KERNELS = [name for name in KERNELS if samples(FLOAT32, 0.1)[name].pure]
@@ -91,4 +92,4 @@ def test_unknown_instruction_set() -> None:
         pytest.skip(str(_native.cpu_reason()))
     with pytest.raises(ValueError, match="portable"):
         _cpp.set_isa("sse9")
-    assert _cpp.isa() in ISAS
+    assert _cpp.isa() in AVAILABLE

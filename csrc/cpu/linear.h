@@ -1,0 +1,80 @@
+// Linear layers with weights packed once: what the inference engine is built from.
+//
+//   y[t, n] = act( float(Σ_k q_x[t, k] · q_w[n, k]) · (x_scale[t] · w_scale[n]) + bias[n] )   int8
+//   y[t, n] = act( Σ_k x[t, k] · w[n, k] + bias[n] )                                          bf16
+//
+// One unit of kernels an instruction set (linear_amx.cpp, linear_avx512_vnni.cpp, …) fills a
+// LinearTable. Kernels run on the calling thread; the engine cuts the work into rows and columns.
+// An element's value depends on its own row and column only: not on how the work was cut.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+namespace fastbert {
+
+enum class Weights : int { kInt8 = 0, kBFloat16 = 1 };
+
+enum class Activation : int {
+  kNone = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kRelu = 3,
+  kSilu = 4,
+  kTanh = 5
+};
+
+/// Columns are handed out in multiples of this many, whatever the unit: 64 columns of packed
+/// weights, with all of K, are one contiguous piece.
+constexpr int64_t kColumnBlock = 64;
+
+/// One packed Linear, as a unit's pack() left it. The engine owns the memory.
+struct PackedLinear {
+  Weights kind;
+  int64_t in;           // K
+  int64_t out;          // N
+  const void* weights;  // packed_bytes(kind, in, out), 64-byte aligned
+  const float* scale;   // w_scale (N) padded with zeros to a multiple of kColumnBlock; int8 only
+  const float* bias;    // (N) padded likewise; zeros where there is none
+};
+
+/// Where the rows of x come from. int8: `quantized` with leading dimension quantized_stride(in),
+/// each row padded with zeros from `in` to it, and `scale`, one a row. bf16: `values`, fp32,
+/// leading dimension `in`.
+struct LinearInput {
+  const int8_t* quantized;
+  const float* scale;
+  const float* values;
+};
+
+struct LinearTable {
+  const char* name;
+
+  /// Bytes that pack() writes for an (out × in) matrix.
+  size_t (*packed_bytes)(Weights kind, int64_t in, int64_t out);
+
+  /// Packs `w`, (out × in) row-major int8 or bf16, into `packed`.
+  void (*pack)(Weights kind, const void* w, int64_t in, int64_t out, void* packed);
+
+  /// Distance in bytes between rows of a quantised activation of `in` channels: a multiple of 64.
+  int64_t (*quantized_stride)(int64_t in);
+
+  /// Rows of fp32 (rows × cols, leading dimension cols) to int8: symmetric, by row. `fixed_scale` >
+  /// 0: that scale for all rows (saturating); 0: each row's own, max|x| / 127. Pads each row with
+  /// zeros. A row with an infinity or a NaN gets the scale NaN, so that its outputs become NaN.
+  void (*quantize_rows)(const float* x, int64_t rows, int64_t cols, float fixed_scale, int8_t* q,
+                        float* scale);
+
+  /// y[0 … rows) × [first, last): columns `first` (a multiple of kColumnBlock) up to `last` (such a
+  /// multiple or out) of y (rows × out, leading dimension `stride`, fp32). `residual`, unless null,
+  /// is added after the activation (same leading dimension; it may be y itself).
+  void (*run)(const PackedLinear& w, const LinearInput& x, int64_t rows, int64_t first,
+              int64_t last, Activation activation, const float* residual, float* y, int64_t stride);
+};
+
+/// The table of the instruction set in use (dispatch.h chooses).
+const LinearTable& linear_kernels();
+
+}  // namespace fastbert

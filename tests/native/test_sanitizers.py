@@ -1,0 +1,105 @@
+"""The native CPU module built with GCC's sanitizers, under its own tests (slow tier)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbert
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+# What a sanitizer finds ends the process with an error. Python frees little when it ends, and forks
+# in its own tests: neither is ours to mend.
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0",
+}
+
+
+def runtime(name: str) -> str:
+    """The sanitizer's runtime, which has to be in the process before anything else."""
+    path = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"g++ has no {name}")
+    return path
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """(sanitizer, PYTHONPATH) of a copy of the sources with a module built for it."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    if not (ROOT / "csrc").exists():
+        pytest.skip("the sources are not here")
+    copy = tmp_path_factory.mktemp("sanitized")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    unbuilt = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("csrc", "fastbert", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=unbuilt, symlinks=True)
+    flags = f"-fsanitize={request.param} -fno-sanitize-recover=all"
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=copy,
+        env=os.environ
+        | {
+            "FASTBERT_CUDA": "0",
+            "CXXFLAGS": f"{flags} -O1 -g1 -fno-omit-frame-pointer",
+            "LDFLAGS": flags,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr[-4000:]
+    return request.param, copy
+
+
+def run_tests(sanitized: tuple[str, Path], *arguments: str) -> None:
+    sanitizer, copy = sanitized
+    library = {"address,undefined": "libasan.so", "thread": "libtsan.so"}[sanitizer]
+    site = os.pathsep.join([str(copy), *(p for p in sys.path if p and p != str(ROOT))])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "--import-mode=importlib", f"--rootdir={ROOT}", *arguments],
+        cwd=copy,
+        env=os.environ | OPTIONS | {"LD_PRELOAD": runtime(library), "PYTHONPATH": site},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert " passed" in done.stdout
+
+
+def test_the_engine(sanitized: tuple[str, Path]) -> None:
+    """Without torch in the process: its own threads are not built for a sanitizer."""
+    tests = [str(path) for path in sorted(Path(__file__).parent.glob("test_cpu_engine*.py"))]
+    run_tests(sanitized, *tests, "-k", "not fork and not memory")
+
+
+def test_the_linears(sanitized: tuple[str, Path]) -> None:
+    run_tests(sanitized, str(Path(__file__).with_name("test_cpu_linear.py")), "-k", "not emulated")
+
+
+def test_the_ops(sanitized: tuple[str, Path]) -> None:
+    if sanitized[0] == "thread":
+        pytest.skip("the ops' tests need torch, whose OpenMP the thread sanitizer cannot follow")
+    for name in ("test_cpu_rowwise.py", "test_cpu_attention.py"):
+        run_tests(sanitized, str(Path(__file__).with_name(name)))
+
+
+def test_the_module_under_test_is_the_sanitized_one(sanitized: tuple[str, Path]) -> None:
+    """Else the tests above would pass whatever a sanitizer has to say."""
+    (module,) = (sanitized[1] / "fastbert").glob("_cpu*.so")
+    symbol = {"address,undefined": b"__asan_report", "thread": b"__tsan_read"}[sanitized[0]]
+    assert symbol in module.read_bytes()
+    assert Path(fastbert.__file__).parent != sanitized[1] / "fastbert"
