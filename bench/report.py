@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,100 @@ def ops(path: Path) -> str:
     return f"{table(headings, rows)}\n\n{_machine(result)}"
 
 
+def cpu_int8(path: Path) -> str:
+    """Ours beside the best other engine: latency, older instruction sets, stages, the rest."""
+    result = json.loads(path.read_text())
+    parts = [_int8_latency(result["rows"])]
+    if result["forced"]:
+        parts.append(_int8_forced(result["forced"]))
+    staged = [row for row in result["rows"] if "stages" in row]
+    if staged:
+        parts.append(_int8_stages(staged))
+    facts = list(_int8_facts(result))
+    if facts:
+        parts.append(table(("besides", ""), facts))
+    peers = ", ".join(f"{name} {version}" for name, version in result["machine"]["peers"].items())
+    parts.append(f"{_machine(result)[:-1]}; {peers}.")
+    return "\n\n".join(parts)
+
+
+def _int8_latency(rows: list[dict[str, Any]]) -> str:
+    ours = ("fastbert int8", "fastbert int8, torch-free", "fastbert bf16")
+
+    def cells(row: dict[str, Any], name: str) -> list[str]:
+        if name not in row["ours"]:
+            return ["–", "–"]
+        found = row["ours"][name]
+        ms = f"{row['candidates'][name]['median_ms']:.1f}"
+        return [ms, f"{found['speedup']:.2f}× {found['best_peer']}"]
+
+    lines = []
+    for row in rows:
+        int8 = row["candidates"].get(ours[0], {})
+        tokens, peak = int8.get("tokens_per_s"), int8.get("percent_of_int8_peak")
+        lines.append(
+            [
+                f"{row['architecture']} {row['shape']}",
+                *(cell for name in ours for cell in cells(row, name)),
+                f"{tokens:,.0f}" if tokens else "–",
+                f"{peak:.0f}%" if peak else "–",
+            ]
+        )
+    headings = ("model", "int8, ms", "over", "without torch, ms", "over", "bf16, ms", "over",
+                "int8, real tokens/s", "of the int8 peak")  # fmt: skip
+    return table(headings, lines)
+
+
+def _int8_forced(rows: list[dict[str, Any]]) -> str:
+    names = ("ONNX Runtime int8", "OpenVINO int8")
+    lines = []
+    for row in rows:
+        over = row["ours"].get("fastbert int8", {"over": {}})["over"]
+        ours = row["candidates"].get("fastbert int8")
+        ms = f"{ours['median_ms']:.1f}" if ours else "–"
+        ratios = [f"{over[name]:.2f}×" if name in over else "–" for name in names]
+        lines.append([f"{row['architecture']} {row['shape']}", row["isa"], ms, *ratios])
+    headings = ("all held to", "instruction set", "int8, ms", *(f"× {name}" for name in names))
+    return table(headings, lines)
+
+
+def _int8_stages(rows: list[dict[str, Any]]) -> str:
+    lines: list[list[str]] = []
+    names = list(rows[0]["stages"]["stages"])
+    for row in rows:
+        cells = []
+        for name in names:
+            found = row["stages"]["stages"][name]
+            of = [
+                f"{found[f'percent_of_{unit}']:.0f}% of {what}"
+                for unit, what in (("int8_peak", "peak"), ("copy", "copy"))
+                if f"percent_of_{unit}" in found
+            ]
+            share = f"{found['percent_of_engine']:.0f}%"
+            cells.append(f"{share} ({of[0]})" if of else share)
+        lines.append([f"{row['architecture']} {row['shape']}", *cells])
+    return table(("time by stage, each timed by itself", *names), lines)
+
+
+def _int8_facts(result: dict[str, Any]) -> Iterator[list[str]]:
+    if "start-up" in result:
+        found = result["start-up"]
+        yield ["import + load + first vector, without torch", f"{found['total_ms']:.0f} ms"]
+    for name, found in result.get("memory", {}).items():
+        ratios = f"{found['model_over_weights']:.2f}× ({found['process_over_weights']:.2f}×)"
+        yield [f"{name}: resident bytes of the model (the process) over its file's", ratios]
+    if "accuracy" in result:
+        count = result["accuracy"]["sentences"]
+        for name, found in result["accuracy"]["cosine"].items():
+            text = f"{found['mean']:.5f} ({found['worst']:.5f})"
+            yield [f"{name}: cosine to fp32 over {count:,} sentences, mean (worst)", text]
+
+
 def sections() -> dict[str, str]:
     made = {"support": support()}
+    peers = RESULTS / "cpu_peers.json"
+    if peers.exists():
+        made["cpu-int8"] = cpu_int8(peers)
     for name, build in (("model", model), ("ops", ops)):
         for where in ("cpu", "cuda"):
             path = RESULTS / f"{name}_{where}.json"

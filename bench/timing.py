@@ -34,12 +34,16 @@ class Timing:
 
 
 def interleave(
-    candidates: dict[str, Run], where: str, seconds: float, *, least: int = 3
+    candidates: dict[str, Run], where: str, seconds: float, *, least: int = 3, settle: float = 0.0
 ) -> dict[str, Timing]:
     """Time every candidate, taking turns, for about ``seconds`` in total and ``least`` rounds.
 
     Turns are what makes ratios trustworthy on a noisy machine: a slow moment hits all alike. The
     order alternates from round to round, so that no candidate always follows the same one.
+
+    settle: seconds of calls, one at least, that go unmeasured before each measured one. Needed
+    where candidates bring thread pools of their own, which spin on after a call, or weights that
+    the others' drive from the cache; 0 for none.
     """
     for run in candidates.values():
         run()
@@ -50,6 +54,11 @@ def interleave(
     rounds = 0
     while rounds < least or (time.perf_counter() < end and rounds < 1000):
         for name in names if rounds % 2 == 0 else reversed(names):
+            settled = time.perf_counter() + settle
+            while settle:
+                candidates[name]()
+                if time.perf_counter() > settled:
+                    break
             times[name].append(_once(candidates[name], where))
         rounds += 1
     return {name: _timing(samples) for name, samples in times.items()}
