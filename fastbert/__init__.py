@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.compress.quantize import quantize
+    from fastbert.compress.saved import load
     from fastbert.config import BertConfig
     from fastbert.hf.dropin import accelerate, restore
     from fastbert.hf.explain import explain
@@ -35,6 +37,8 @@ _HOMES = {
     "restore": "fastbert.hf",
     "explain": "fastbert.hf",
     "verify": "fastbert.hf",
+    "quantize": "fastbert.compress",
+    "load": "fastbert.compress",
     "use_backend": "fastbert.ops",
     "PackedBatch": "fastbert.packed",
     "BertConfig": "fastbert.config",
@@ -62,6 +66,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "load",
+    "quantize",
     "restore",
     "use_backend",
     "verify",

@@ -11,9 +11,9 @@
 
 namespace fastbert {
 
-/// Uninitialised memory, aligned to a cache line. From 2 MiB on it is made of whole huge pages where
-/// the system has them: weights that are read from end to end at each call would miss the TLB at
-/// every small page.
+/// Uninitialised memory, aligned to a cache line. From 2 MiB on it is made of whole huge pages
+/// where the system has them: weights that are read from end to end at each call would miss the TLB
+/// at every small page.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -47,8 +47,8 @@ class AlignedBuffer {
   size_t size_ = 0;
 };
 
-/// Cuts memory into arrays, each aligned to a cache line. Over no memory (nullptr) it hands out null
-/// pointers and counts: the same cuts made twice, first to measure and then to place.
+/// Cuts memory into arrays, each aligned to a cache line. Over no memory (nullptr) it hands out
+/// null pointers and counts: the same cuts made twice, first to measure and then to place.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}

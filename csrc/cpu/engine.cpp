@@ -13,8 +13,8 @@
 namespace fastbert {
 namespace {
 
-/// A batch goes through the model in parts of whole sequences of about so many tokens. That bounds the
-/// workspace, and costs one more reading of the weights a part.
+/// A batch goes through the model in parts of whole sequences of about so many tokens. That bounds
+/// the workspace, and costs one more reading of the weights a part.
 int64_t part_tokens(int num_threads) {
   constexpr int64_t kEnough = 2048, kEnoughForThread = 128;
   return std::max(kEnough, kEnoughForThread * num_threads);
@@ -44,8 +44,8 @@ bool pack(const LinearTable& linears, const LinearSource& source, void* packed) 
 
 }  // namespace
 
-/// Places everything that the engine keeps into one memory. Runs twice: the first time the arena only
-/// measures; the second, Linears are noted, and pack() packs them side by side.
+/// Places everything that the engine keeps into one memory. Runs twice: the first time the arena
+/// only measures; the second, Linears are noted, and pack() packs them side by side.
 class Engine::Packer {
  public:
   Packer(Arena& arena, const LinearTable& linears) : arena_(arena), linears_(linears) {}
@@ -73,6 +73,9 @@ class Engine::Packer {
     if (int8) linear.packed.scale = copy(from.scale, from.out, padded);
     linear.packed.bias = copy(from.bias, from.out, padded);
     linear.input_scale = from.input_scale;
+    if (from.input_multiplier != nullptr) {
+      linear.input_multiplier = copy(from.input_multiplier, from.in, from.in);
+    }
     if (!arena_.measuring()) jobs_.push_back({&from, weights});
     return linear;
   }

@@ -3,8 +3,8 @@
 //   packed tokens (T) -> hidden states (T, H)
 //
 // int8 Linears multiply integers (linear.h has the equations), float Linears bf16 weights; residual
-// stream, LayerNorm, softmax and activations are fp32. The bits of a token's result depend on its own
-// sequence alone: not on the other sequences, nor on the number of threads.
+// stream, LayerNorm, softmax and activations are fp32. The bits of a token's result depend on its
+// own sequence alone: not on the other sequences, nor on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ class Engine {
 
   /// Fills batch.out and, if given, batch.hidden_states: x after the embeddings (and their
   /// projection) and after each layer. Exactly one of batch.input_ids and batch.word_rows is given.
-  /// Several threads may call at once. Throws std::invalid_argument if an id is outside its table or
-  /// cu_seqlens does not go from 0 to num_tokens.
+  /// Several threads may call at once. Throws std::invalid_argument if an id is outside its table
+  /// or cu_seqlens does not go from 0 to num_tokens.
   void run(const Batch& batch, int num_threads);
 
   const std::string& isa() const { return isa_; }

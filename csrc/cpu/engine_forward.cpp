@@ -60,7 +60,8 @@ class Forward {
   }
 
   void cut() {
-    // Weights are read once a block: with fewer rows, reading them would take longer than using them.
+    // Weights are read once a block: with fewer rows, reading them would take longer than using
+    // them.
     constexpr int64_t kFewestRows = 48;
     constexpr int64_t kMostRows = 192;
     const Model& m = model_;
@@ -98,8 +99,8 @@ class Forward {
     return {step, step + 1, std::min<int64_t>(batch_.num_tokens, 2 * threads_), 1};
   }
 
-  /// A Linear of few tokens: four pieces of columns a thread, or fewer if that makes them equal. Each
-  /// is one stream of weights. Where there are too few columns for that, the rows are cut too.
+  /// A Linear of few tokens: four pieces of columns a thread, or fewer if that makes them equal.
+  /// Each is one stream of weights. Where there are too few columns for that, the rows are cut too.
   Stage tiles(int64_t step) const {
     const int64_t blocks = divide_up(model_.steps[step].linear->packed.out, kColumnBlock);
     for (const int64_t each : {4, 3, 2, 1}) {
@@ -110,8 +111,8 @@ class Forward {
     return {step, step + 1, std::min(rows, divide_up(batch_.num_tokens, 16)), columns};
   }
 
-  /// Chunks of queries, and how many heads a piece of attention takes: several where that leaves four
-  /// pieces or more for each thread, as neighbouring heads share cache lines and pages.
+  /// Chunks of queries, and how many heads a piece of attention takes: several where that leaves
+  /// four pieces or more for each thread, as neighbouring heads share cache lines and pages.
   void cut_attention() {
     constexpr int64_t kMostQueries = 512, kFewestQueries = 64;
     constexpr int64_t kPieceBytes = 1 << 20;  // of qkv and context: stays in L2 beside the scratch
@@ -246,6 +247,12 @@ class Forward {
       }
       if (quantize) {
         const int64_t local = token - rows.origin;
+        if (const float* multiplier = step.linear->input_multiplier) {
+          // The stream stays as it is; its sum has been used.
+          float* scaled = at(Buffer::kSum, token, rows, cols);
+          for (int64_t i = 0; i < cols; ++i) scaled[i] = row[i] * multiplier[i];
+          row = scaled;
+        }
         m.linears->quantize_rows(row, 1, cols, step.linear->input_scale,
                                  rows.block.quantized + local * stride, rows.block.scale + local);
       }

@@ -12,9 +12,9 @@
 //
 // (int8 only where the next Linear has int8 weights). All but attention works row by row, which
 // leaves two ways to cut a batch. Many tokens: a piece is a block of rows that goes from one
-// attention to the next in one thread, with its intermediate values in that thread's L2. Few tokens:
-// each step is a stage of its own, Linears in pieces of columns, and the threads share the weights.
-// A value depends on its own row and column only, so that the cut changes no bit.
+// attention to the next in one thread, with its intermediate values in that thread's L2. Few
+// tokens: each step is a stage of its own, Linears in pieces of columns, and the threads share the
+// weights. A value depends on its own row and column only, so that the cut changes no bit.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@ namespace fastbert {
 
 struct EngineLinear {
   PackedLinear packed;
-  float input_scale;  // fixed scale of the int8 input; 0: each row its own
+  float input_scale;              // fixed scale of the int8 input; 0: each row its own
+  const float* input_multiplier;  // of its columns before they are int8; nullptr: none
 
   bool quantized() const { return packed.kind == Weights::kInt8; }
 };
@@ -89,7 +90,8 @@ struct Stage {
   int64_t first_step, last_step, row_parts, column_parts;
 };
 
-/// What a forward needs beside the model. Kept from one to the next, it allocates only when it grows.
+/// What a forward needs beside the model. Kept from one to the next, it allocates only when it
+/// grows.
 struct Workspace {
   AlignedBuffer memory;
   std::vector<Stage> stages;

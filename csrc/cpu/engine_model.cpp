@@ -104,6 +104,16 @@ class Reader {
     return linear;
   }
 
+  /// A Linear that reads the residual stream.
+  LinearSource stream_linear(const std::string& name, int64_t out, int64_t in) {
+    LinearSource source = linear(name, out, in);
+    const std::string multiplier = name + ".input_multiplier";
+    if (source.type == LinearSource::Type::kInt8 && has(multiplier)) {
+      source.input_multiplier = scales(multiplier, in);
+    }
+    return source;
+  }
+
   void expect_all_used() const {
     for (const auto& [name, tensor] : tensors_) {
       if (used_.count(name) == 0) {
@@ -120,7 +130,7 @@ class Reader {
 
 LayerSource read_layer(Reader& reader, const std::string& name, int64_t hidden, int64_t head_dim) {
   LayerSource layer;
-  layer.qkv = reader.linear(name + ".qkv", kAny, hidden);
+  layer.qkv = reader.stream_linear(name + ".qkv", kAny, hidden);
   if (layer.qkv.out % (3 * head_dim) != 0) {
     fail(name + ".qkv.weight",
          "got " + std::to_string(layer.qkv.out) +
@@ -128,7 +138,7 @@ LayerSource read_layer(Reader& reader, const std::string& name, int64_t hidden, 
   }
   layer.attention_output = reader.linear(name + ".attention_output", hidden, layer.qkv.out / 3);
   layer.attention_norm = reader.norm(name + ".attention_norm", hidden);
-  layer.up = reader.linear(name + ".up", kAny, hidden);
+  layer.up = reader.stream_linear(name + ".up", kAny, hidden);
   layer.down = reader.linear(name + ".down", hidden, layer.up.out);
   layer.output_norm = reader.norm(name + ".output_norm", hidden);
   return layer;

@@ -4,13 +4,15 @@
 // layer may have its own N), I intermediate size (likewise). Linears are (out, in) row-major:
 //
 //   embeddings.word (V, E)  embeddings.position (P, E)  [embeddings.token_type (K, E)]
-//   embeddings.norm.{weight, bias} (E)                  [embeddings.projection (H, E)]
+//   embeddings.norm.{weight, bias} (E)                 [embeddings.projection (H, E)]
 //   layers.{i}.qkv (3·N·D, H): rows of queries, of keys, of values
-//   layers.{i}.attention_output (H, N·D)                layers.{i}.attention_norm.{weight, bias} (H)
-//   layers.{i}.up (I, H)   layers.{i}.down (H, I)       layers.{i}.output_norm.{weight, bias} (H)
+//   layers.{i}.attention_output (H, N·D)               layers.{i}.attention_norm.{weight, bias} (H)
+//   layers.{i}.up (I, H)   layers.{i}.down (H, I)      layers.{i}.output_norm.{weight, bias} (H)
 //
 // A Linear "name" is name.weight and name.bias (out), float32. int8 weights come with
 // name.weight_scale (out), float32, and perhaps name.input_scale (1): a fixed scale of their input.
+// qkv and up may have name.input_multiplier (H), float32: what the columns of x are multiplied by
+// before x is quantised, the residual stream aside (SmoothQuant: the weights hold the inverse).
 // Float weights are bf16 (as uint16) or float32, which the engine rounds to bf16.
 #pragma once
 
@@ -57,8 +59,9 @@ struct LinearSource {
   enum class Type { kInt8, kBFloat16, kFloat32 } type;
   int64_t out, in;
   const void* weight;
-  const float* scale;  // nullptr unless int8
-  float input_scale;   // 0: none
+  const float* scale;             // nullptr unless int8
+  float input_scale;              // 0: none
+  const float* input_multiplier;  // nullptr: none
   const float* bias;
 };
 

@@ -24,8 +24,8 @@ struct StoredRow {
   DType dtype;
 };
 
-/// A part of attention: `queries` queries from `first_query` on, for `heads` heads, of the sequence of
-/// `length` tokens that begins at token `start`.
+/// A part of attention: `queries` queries from `first_query` on, for `heads` heads, of the sequence
+/// of `length` tokens that begins at token `start`.
 struct AttentionPiece {
   int64_t start, length, first_query, queries, first_head, heads;
 };

@@ -106,8 +106,8 @@ bool watch(Condition condition) {
   return false;
 }
 
-/// Workers that watch a moment for the next region (the ops of one layer follow each other closely),
-/// then sleep. One region at a time: a second caller works alone meanwhile.
+/// Workers that watch a moment for the next region (the ops of one layer follow each other
+/// closely), then sleep. One region at a time: a second caller works alone meanwhile.
 class Pool {
  public:
   /// False if the pool was busy and nothing was done.
@@ -228,8 +228,8 @@ void run_parallel(int64_t n, int64_t grain, int num_threads, RangeFunction funct
 
 namespace {
 
-/// The pieces of all stages, numbered through. A piece waits only for pieces with lower numbers, all
-/// of which are in the hands of running threads: somebody always gets on.
+/// The pieces of all stages, numbered through. A piece waits only for pieces with lower numbers,
+/// all of which are in the hands of running threads: somebody always gets on.
 struct StagedLoop {
   void work(int worker) {
     int64_t stage = 0;

@@ -33,15 +33,16 @@ static inline void parallel_for(int64_t n, int64_t grain, int num_threads, const
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-/// A piece of a stage. `worker` is less than num_threads, and no two pieces run at once with the same.
+/// A piece of a stage. `worker` is less than num_threads, and no two pieces run at once with the
+/// same.
 using StageFunction = void (*)(void* context, int64_t stage, int64_t piece, int worker);
 
-/// Runs stages one after the other: stage s has first[s + 1] - first[s] pieces (first[0] = 0), which
-/// run in any order, and none of them before all pieces of the stages before are done.
+/// Runs stages one after the other: stage s has first[s + 1] - first[s] pieces (first[0] = 0),
+/// which run in any order, and none of them before all pieces of the stages before are done.
 ///
-/// This is one fork and one join however many stages there are: a thread takes the next piece of all
-/// and, if that is the first of a new stage, watches a counter until the stage before is done. No
-/// barrier counts threads, so one that comes late, or never, holds up nobody.
+/// This is one fork and one join however many stages there are: a thread takes the next piece of
+/// all and, if that is the first of a new stage, watches a counter until the stage before is done.
+/// No barrier counts threads, so one that comes late, or never, holds up nobody.
 void run_stages(const int64_t* first, int64_t stages, int num_threads, StageFunction function,
                 void* context);
 
@@ -57,9 +58,9 @@ static inline void for_stages(const int64_t* first, int64_t stages, int num_thre
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-/// How many threads a caller should use of the `wanted` that it may. Alone it gets them all; several at
-/// once share the cores, as threads that wait for each other and for a core lose far more than they
-/// gain. Every caller gets one. The share ends with the object.
+/// How many threads a caller should use of the `wanted` that it may. Alone it gets them all;
+/// several at once share the cores, as threads that wait for each other and for a core lose far
+/// more than they gain. Every caller gets one. The share ends with the object.
 class ThreadShare {
  public:
   explicit ThreadShare(int wanted);

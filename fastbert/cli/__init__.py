@@ -8,6 +8,8 @@ import typer
 
 from fastbert.cli.demo import demo
 from fastbert.cli.doctor import doctor
+from fastbert.cli.encode import encode
+from fastbert.cli.quantize import quantize
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +19,8 @@ app = typer.Typer(
 )
 app.command()(doctor)
 app.command()(demo)
+app.command()(quantize)
+app.command()(encode)
 
 
 @app.callback()

@@ -136,11 +136,18 @@ class BertModel(BertPreTrained):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, batch
         )
         batch = edge.batch
-        run = new_pass(self, batch.cu_seqlens.device, output_attentions)
-        x = self.embeddings(batch, run)
-        x, hidden = self.encoder(x, batch, run, output_hidden_states)
+        x, hidden, attentions = self.encode(batch, output_hidden_states, output_attentions)
         return BaseModelOutput(
             last_hidden_state=edge.out(x),
             pooler_output=None if self.pooler is None else self.pooler(x, batch),
-            **edge.states(hidden, run.attentions),
+            **edge.states(hidden, attentions),
         )
+
+    def encode(
+        self, batch: PackedBatch, want_hidden: bool, want_attentions: bool
+    ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
+        """The last hidden state (T, H) and, where wanted, all L + 1 and L probabilities."""
+        run = new_pass(self, batch.cu_seqlens.device, want_attentions)
+        x = self.embeddings(batch, run)
+        x, hidden = self.encoder(x, batch, run, want_hidden)
+        return x, hidden, run.attentions
