@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -185,6 +184,8 @@ def _triton_import_reason() -> str | None:
 
 def _c_compiler_reason() -> str | None:
     """Triton compiles the host half of each kernel with a C compiler at run time."""
+    import shutil  # it brings four compression libraries into every start of the runtime
+
     if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))):
         return None
     return "triton needs a C compiler at run time and finds none: install gcc, or set CC"
