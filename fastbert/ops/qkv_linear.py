@@ -53,8 +53,9 @@ def _forward(
     if wide_on_cpu or widens(x, min(*x.shape, width)):
         for part, w in zip(columns, weights, strict=True):
             mm(x, w.t(), out=part)
-        if all(b is not None for b in biases):
-            return out.add_(torch.cat(biases))
+        given = [b for b in biases if b is not None]
+        if len(given) == len(biases):
+            return out.add_(torch.cat(given))
         for part, b in zip(columns, biases, strict=True):
             if b is not None:
                 part.add_(b)

@@ -107,17 +107,6 @@ def test_compiles_into_one_graph() -> None:
     assert torch.equal(compiled, expected)
 
 
-def test_opcheck() -> None:
-    library = torch.ops.fastbert
-    x = torch.randn(5, 16)
-    torch.library.opcheck(library.quantize_rows.default, (x,))
-    q, scale = quantize_rows(x)
-    w, s = random_int8(8, 16), torch.rand(8)
-    for bias in (None, torch.rand(8)):
-        inputs = (q, scale, w, s, bias, 1, torch.bfloat16)
-        torch.library.opcheck(library.linear_int8.default, inputs)
-
-
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
