@@ -16,8 +16,9 @@ ROOT = Path(fastbert.__file__).parents[1]
 # Part of the package -> the parts that it may import (and itself). A part is the first name under
 # fastbert: a module or a folder.
 _MODEL = {"config", "packed", "ops", "nn"}
-_LIBRARY = {*_MODEL, "models", "device"}
+_LIBRARY = {*_MODEL, "models", "device", "atomic"}
 ALLOWED: dict[str, set[str]] = {
+    "atomic": set(),
     "device": set(),
     "config": set(),
     "_native": {"device"},
@@ -25,10 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"device", "_native", "kernels"},
     "packed": {"ops"},
     "nn": {"config", "packed", "ops"},
-    "models": _MODEL,
+    "models": {*_MODEL, "atomic"},
     "hf": _LIBRARY,
-    "runtime": {"config", "device", "_native"},
-    "data": {"config", "packed", "device"},
+    "runtime": {"atomic", "config", "device", "_native"},
+    "data": {"atomic", "config", "packed", "device"},
     "train": {*_LIBRARY, "hf", "data"},
     "pretrain": {*_LIBRARY, "hf", "data", "train"},
     "finetune": {*_LIBRARY, "hf", "data", "train"},

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastbert.atomic import replacing
 from fastbert.compress.encoder import QuantizedEncoder
 from fastbert.compress.model import QuantizedModel, Report
 from fastbert.runtime import folder as layout
@@ -39,39 +37,13 @@ def save(model: QuantizedModel, folder: Path) -> None:
     facts["crc32"] = layout.digest(facts)
     files[FACTS] = (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with _all_or_none(folder, [TENSORS, *files]) as paths:
-        with paths[TENSORS].open("wb") as file:
+    # The last of them, fastbert.json, vouches for the others: should the machine stop between two
+    # renames, loading says that they do not belong together.
+    with replacing(*(folder / name for name in (TENSORS, *files))) as (weights, *others):
+        with weights.open("wb") as file:
             tensors.write(file, arrays)
-        for name, data in files.items():
-            paths[name].write_bytes(data)
-
-
-@contextmanager
-def _all_or_none(folder: Path, names: list[str]) -> Iterator[dict[str, Path]]:
-    """A path to write for each name; all files take their places when all are written, or none.
-
-    The last of them, fastbert.json, vouches for the others: should the machine stop between two
-    renames, loading says that they do not belong together.
-    """
-    paths = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
-    try:
-        yield paths
-        for path in paths.values():
-            _sync(path)
-        for name, path in paths.items():
-            os.replace(path, folder / name)
-        _sync(folder)
-    finally:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        for path, data in zip(others, files.values(), strict=True):
+            path.write_bytes(data)
 
 
 def load(folder: str | Path) -> QuantizedModel:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fastbert.atomic import replacing
 from fastbert.config import BertConfig
 
 if TYPE_CHECKING:
@@ -249,7 +248,7 @@ def save(model: BertPreTrained, folder: str | Path, max_shard_size: int) -> None
     config = model.config.replace(architectures=(type(model).__name__,), extra=extra)
     shards = _split(tensors, max_shard_size)
     for name, shard in shards.items():
-        with _replacing(folder / name) as path:
+        with replacing(folder / name) as (path,):
             save_file(shard, path, metadata={"format": "pt"})
     if len(shards) > 1:
         _write_text(folder / (SAFETENSORS + INDEX), _index(shards))
@@ -294,32 +293,10 @@ def _copy_tokenizer(source: Path | None, folder: Path) -> None:
         return
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
-            with _replacing(folder / name) as path:
+            with replacing(folder / name) as (path,):
                 shutil.copyfile(source / name, path)
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
+    with replacing(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path``: what is written there takes its place when complete, or never."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have what stands at ``path`` reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

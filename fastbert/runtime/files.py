@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastbert.atomic import replacing, sync
 from fastbert.runtime.encoder import Encoder
 
 Advance = Callable[[int, int], None]
@@ -55,14 +56,16 @@ def encode_file(
         done, count = job.resume(lines, rows)
         for texts, end in _blocks(source, lines, count):
             rows.write(encoder.encode(texts, **encoding).data)
-            _sync(rows)
+            rows.flush()
+            sync(job.part)
             count += len(texts)
             job.note(end, count)
             advance(end, count)
     with job.part.open("r+b") as rows:
         rows.write(_header(count, encoder.hidden_size))
-        _sync(rows)
+    sync(job.part)
     os.replace(job.part, target)
+    sync(target.parent)
     job.progress.unlink(missing_ok=True)
     return count
 
@@ -119,12 +122,9 @@ class _Job:
 
     def note(self, input_bytes: int, rows: int) -> None:
         """Record how far it is, at once or not at all."""
-        temporary = self.progress.with_name(self.progress.name + ".tmp")
-        with temporary.open("wb") as file:
-            values = {**self.identity, "input_bytes": input_bytes, "rows": rows}
-            file.write(json.dumps(values, indent=1).encode() + b"\n")
-            _sync(file)
-        os.replace(temporary, self.progress)
+        values = {**self.identity, "input_bytes": input_bytes, "rows": rows}
+        with replacing(self.progress) as (path,):
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _blocks(path: Path, file: BinaryIO, row: int) -> Iterator[tuple[list[str], int]]:
@@ -166,8 +166,3 @@ def _header(rows: int, width: int) -> bytes:
     text = file.getvalue()[10:].rstrip(b"\n ")
     length = _HEADER - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 
 import fastbert
-from fastbert.compress import load, quantize, saved
+from fastbert import atomic
+from fastbert.compress import load, quantize
 from fastbert.runtime import folder as layout
 
 from ..hf._models import MODEL_NAMES, batch_for, tiny
@@ -181,7 +182,7 @@ def test_a_save_that_fails_leaves_the_old_content(
         if "fastbert.json" in path.name:
             raise OSError("no space left on device")
 
-    monkeypatch.setattr(saved, "_sync", full_disk)
+    monkeypatch.setattr(atomic, "sync", full_disk)
     with pytest.raises(OSError, match="no space"):
         quantize(native(seed=5)).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
