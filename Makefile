@@ -17,6 +17,7 @@ test:  ## the default tier of tests
 bench:  ## every op and the model against its peers, to bench/results
 	$(PYTHON) bench/run.py
 	$(PYTHON) bench/model.py
+	$(PYTHON) bench/cpu_peers.py
 
 lint:  ## style and types; changes nothing
 	$(PYTHON) -m ruff check

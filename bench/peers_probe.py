@@ -129,12 +129,12 @@ def stages(
     rows = {}
     for stage in alone:
         spent = timings[stage].median
-        ops, moved = _work(architecture, stage, batch.lengths)
+        operations, moved = _work(architecture, stage, batch.lengths)
         row = {"ms": spent * 1e3, "percent_of_engine": 100 * spent / engine}
         row["gb_s"] = moved / spent / 1e9
         row["percent_of_copy"] = 100 * row["gb_s"] / ceiling["copy_gb_s"]
-        if ops:
-            row["gop_s"] = ops / spent / 1e9
+        if operations:
+            row["gop_s"] = operations / spent / 1e9
         if stage in architecture.linears() and ceiling["int8_gop_s"]:
             row["percent_of_int8_peak"] = 100 * row["gop_s"] / ceiling["int8_gop_s"]
         rows[stage] = row
