@@ -137,8 +137,9 @@ def _linear_int8(dtype: Any) -> None:
 
     weight, weight_scale = torch.empty(3072, 768, dtype=torch.int8), torch.empty(3072)
     for tokens in (TOKENS, 64, 16):
-        q, scale = linear_int8.quantize_rows(torch.empty(tokens, 768, dtype=dtype))
-        linear_int8.linear_int8(q, scale, weight, weight_scale, weight_scale, 1, dtype)
+        q, scale, offset = linear_int8.quantize_rows(torch.empty(tokens, 768, dtype=dtype))
+        by_column = (weight_scale, offset, weight_scale)
+        linear_int8.linear_int8(q, scale, weight, weight_scale, *by_column, 1, dtype)
 
 
 CASES: dict[str, Callable[[Any], None]] = {

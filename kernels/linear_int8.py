@@ -15,28 +15,35 @@ def _quantize_rows_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
+    offset_ptr,
     num_rows,
     width,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """scale = max|x| / 127, q = x / scale rounded half to even, on BLOCK_M whole rows.
+    """q = (x - offset) / scale rounded half to even, on BLOCK_M whole rows: offset is the middle of
+    a row's range, scale its 254th part.
 
-    x_ptr, q_ptr: (num_rows, width).  scale_ptr: fp32 (num_rows,).  BLOCK_H: width, padded.
+    x_ptr, q_ptr: (num_rows, width).  scale_ptr, offset_ptr: fp32 (num_rows,).  BLOCK_H: width,
+    padded.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_H)
     mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
     offsets = rows.to(tl.int64)[:, None] * width + cols[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 1)
-    inverse = tl.where(largest > 0.0, tl.div_rn(127.0 + 0.0 * largest, largest), 0.0)
-    scaled = x * inverse[:, None]
+    in_width = (cols < width)[None, :]
+    high = 0.5 * tl.max(tl.where(in_width, x, float("-inf")), 1)
+    low = 0.5 * tl.min(tl.where(in_width, x, float("inf")), 1)
+    half, offset = high - low, high + low
+    inverse = tl.where(half > 0.0, tl.div_rn(127.0 + 0.0 * half, half), 0.0)
+    scaled = (x - offset[:, None]) * inverse[:, None]
     # Adding and taking away 1.5 2^23 leaves the nearest integer, halves going to the even one.
     rounded = (scaled + 12582912.0) - 12582912.0
     rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
     tl.store(q_ptr + offsets, rounded.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + rows, tl.div_rn(largest, 127.0 + 0.0 * largest), mask=rows < num_rows)
+    tl.store(scale_ptr + rows, tl.div_rn(half, 127.0 + 0.0 * half), mask=rows < num_rows)
+    tl.store(offset_ptr + rows, offset, mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -46,6 +53,8 @@ def _linear_int8_kernel(
     weight_ptr,
     weight_scale_ptr,
     bias_ptr,
+    offset_ptr,
+    column_sum_ptr,
     y_ptr,
     num_rows,
     in_features,
@@ -56,11 +65,11 @@ def _linear_int8_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of y = act((q w^T) * scale[t] * weight_scale[n] + bias[n]).
+    """One tile of y = act((q w^T) scale[t] weight_scale[n] + offset[t] column_sum[n] + bias[n]).
 
-    q_ptr: int8 (num_rows, in_features).  scale_ptr: fp32 (num_rows,).
-    weight_ptr: int8 (out_features, in_features).  weight_scale_ptr: fp32 (out_features,).
-    bias_ptr: (out_features,) or None.  y_ptr: (num_rows, out_features).
+    q_ptr: int8 (num_rows, in_features).  scale_ptr: fp32 (num_rows,); so offset_ptr, or None.
+    weight_ptr: int8 (out_features, in_features).  weight_scale_ptr: fp32 (out_features,); so
+    column_sum_ptr, or None.  bias_ptr: (out_features,) or None.  y_ptr: (num_rows, out_features).
     ACTIVATION: 0 none, 1 erf-GELU, 2 tanh-GELU.  GROUP_M: row tiles that share a column tile while
     it is in L2.
     """
@@ -88,8 +97,15 @@ def _linear_int8_kernel(
     scale = tl.load(scale_ptr + rows, mask=in_rows, other=0.0)
     weight_scale = tl.load(weight_scale_ptr + cols, mask=in_cols, other=0.0)
     y = sums.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
+    shift = tl.zeros([1, BLOCK_N], tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+        shift += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    if offset_ptr is not None:
+        offset = tl.load(offset_ptr + rows, mask=in_rows, other=0.0)
+        column_sum = tl.load(column_sum_ptr + cols, mask=in_cols, other=0.0)
+        y += offset[:, None] * column_sum[None, :] + shift
+    else:
+        y += shift
     if ACTIVATION == 1:
         y = _gelu(y, False)
     elif ACTIVATION == 2:
@@ -98,26 +114,27 @@ def _linear_int8_kernel(
     tl.store(y_ptr + offsets, y, mask=in_rows[:, None] & in_cols[None, :])
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (T, K) int8 and its scale (T,) fp32, from x (T, K) contiguous."""
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (T, K) int8, scale and offset (T,) fp32, from x (T, K) contiguous."""
     num_rows, width = x.shape
     q = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    scale, offset = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
-        return q, scale.zero_()
+        return q, scale.zero_(), offset.zero_()
     block_m, block_h, num_warps = _config.layer_norm_fwd(width)
     with torch.cuda.device_of(x):
         _quantize_rows_kernel[(triton.cdiv(num_rows, block_m),)](
             x,
             q,
             scale,
+            offset,
             num_rows,
             width,
             BLOCK_M=block_m,
             BLOCK_H=block_h,
             num_warps=num_warps,
         )
-    return q, scale
+    return q, scale, offset
 
 
 def linear_int8(
@@ -126,13 +143,15 @@ def linear_int8(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    column_sum: torch.Tensor | None,
     activation: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """y (T, N) in ``dtype``; activation: 0 none, 1 erf-GELU, 2 tanh-GELU.
 
     q: (T, K) int8, scale: (T,) fp32.  weight: (N, K) int8, weight_scale: (N,) fp32.  bias: (N,) or
-    None. All contiguous.
+    None.  offset: (T,) and column_sum: (N,) fp32, or None. All contiguous.
     """
     num_rows, in_features = q.shape
     out_features = weight.shape[0]
@@ -148,6 +167,8 @@ def linear_int8(
             weight,
             weight_scale,
             bias,
+            offset,
+            column_sum,
             y,
             num_rows,
             in_features,

@@ -88,6 +88,11 @@ class Linear {
       input_scale_ = *scale;
     }
     scale_ = padded(elements<const float>("weight_scale", weight_scale, {out_}));
+    column_sum_ = padded(nullptr);
+    if (int8) {
+      fastbert::sum_columns(static_cast<const int8_t*>(source), scale_.data(), in_, out_,
+                            column_sum_.data());
+    }
     bias_ = padded(elements<const float>("bias", bias, {out_}));
     weights_ = AlignedBuffer(kernels_.packed_bytes(kind_, in_, out_));
     kernels_.pack(kind_, source, in_, out_, weights_.data());
@@ -113,20 +118,25 @@ class Linear {
     const py::gil_scoped_release release;
     const int64_t stride = kind_ == Weights::kInt8 ? kernels_.quantized_stride(in_) : 0;
     int8_t* quantized = fastbert::thread_scratch<int8_t>(Scratch::kShared, rows * stride);
-    float* scale = fastbert::thread_scratch<float>(Scratch::kRows, rows);
+    float* scale = fastbert::thread_scratch<float>(Scratch::kRows, 2 * rows);
+    float* offset = scale + rows;
     if (kind_ == Weights::kInt8) {
       fastbert::parallel_for(rows, kRowGrain, num_threads, [=](int64_t begin, int64_t end) {
         kernels_.quantize_rows(x + begin * in_, end - begin, in_, input_scale_,
-                               quantized + begin * stride, scale + begin);
+                               quantized + begin * stride, scale + begin, offset + begin);
       });
     }
-    const PackedLinear packed = {kind_, in_, out_, weights_.data(), scale_.data(), bias_.data()};
+    const PackedLinear packed = {
+        kind_, in_, out_, weights_.data(), scale_.data(), column_sum_.data(), bias_.data()};
     const int64_t row_pieces = (rows + kRowGrain - 1) / kRowGrain;
     const int64_t column_pieces = (last - first + kColumnGrain - 1) / kColumnGrain;
     const auto run_piece = [=, first = first, last = last](int64_t piece) {
       const int64_t row = piece % row_pieces * kRowGrain;
       const int64_t column = first + piece / row_pieces * kColumnGrain;
-      const LinearInput input = {quantized + row * stride, scale + row, x + row * in_};
+      LinearInput input = {nullptr, nullptr, nullptr, x + row * in_};
+      if (kind_ == Weights::kInt8) {
+        input = {quantized + row * stride, scale + row, offset + row, nullptr};
+      }
       kernels_.run(packed, input, std::min(kRowGrain, rows - row), column,
                    std::min(column + kColumnGrain, last), activation_,
                    residual == nullptr ? nullptr : residual + row * out_, y + row * out_, out_);
@@ -157,17 +167,19 @@ class Linear {
   Weights kind_;
   int64_t in_, out_;
   float input_scale_ = 0;
-  std::vector<float> scale_, bias_;
+  std::vector<float> scale_, column_sum_, bias_;
   AlignedBuffer weights_;
 };
 
 void quantize_rows(const py::object& x_array, const py::object& out_array,
-                   const py::object& scales_array, int num_threads) {
+                   const py::object& scales_array, const py::object& offsets_array,
+                   int num_threads) {
   const float* x = given_elements<const float>("x", x_array, {-1, -1});
   const int64_t rows = py::len(x_array);
   const int64_t cols = x_array.cast<py::array>().shape(1);
   int8_t* out = given_elements<int8_t>("out", out_array, {rows, cols});
   float* scales = given_elements<float>("scales", scales_array, {rows});
+  float* offsets = given_elements<float>("offsets", offsets_array, {rows});
   check_threads(num_threads);
   const py::gil_scoped_release release;
   const LinearTable& kernels = fastbert::linear_kernels();
@@ -175,7 +187,7 @@ void quantize_rows(const py::object& x_array, const py::object& out_array,
   fastbert::parallel_for(rows, 1, num_threads, [=, &kernels](int64_t first, int64_t last) {
     int8_t* padded = fastbert::thread_scratch<int8_t>(Scratch::kRow, stride);
     for (int64_t row = first; row < last; ++row) {
-      kernels.quantize_rows(x + row * cols, 1, cols, 0, padded, scales + row);
+      kernels.quantize_rows(x + row * cols, 1, cols, 0, padded, scales + row, offsets + row);
       std::copy(padded, padded + cols, out + row * cols);
     }
   });
@@ -197,5 +209,5 @@ void bind_linear(py::module_& m) {
       .def_property_readonly("isa", &Linear::isa)
       .def_property_readonly("packed_bytes", &Linear::packed_bytes);
   m.def("quantize_rows", &quantize_rows, py::arg("x"), py::arg("out"), py::arg("scales"),
-        py::arg("num_threads"));
+        py::arg("offsets"), py::arg("num_threads"));
 }

@@ -16,19 +16,22 @@ namespace {
 /// A batch goes through the model in parts of whole sequences of about so many tokens. That bounds
 /// the workspace, and costs one more reading of the weights a part.
 int64_t part_tokens(int num_threads) {
-  constexpr int64_t kEnough = 2048, kEnoughForThread = 128;
+  constexpr int64_t kEnough = 512, kEnoughForThread = 128;
   return std::max(kEnough, kEnoughForThread * num_threads);
 }
 
-/// Writes the packed form of `source` to `packed`; false if there is a -128 among its int8.
-bool pack(const LinearTable& linears, const LinearSource& source, void* packed) {
+/// Writes the packed form of `source` to `packed`, and with int8 weights their column sums; false
+/// if there is a -128 among these.
+bool pack(const LinearTable& linears, const LinearSource& source, void* packed, float* sums) {
   const int64_t count = source.out * source.in;
   if (source.type == LinearSource::Type::kInt8) {
     const int8_t* q = static_cast<const int8_t*>(source.weight);
     bool lowest = false;
     for (int64_t i = 0; i < count; ++i) lowest |= q[i] == -128;
-    if (!lowest) linears.pack(Weights::kInt8, q, source.in, source.out, packed);
-    return !lowest;
+    if (lowest) return false;
+    linears.pack(Weights::kInt8, q, source.in, source.out, packed);
+    sum_columns(q, source.scale, source.in, source.out, sums);
+    return true;
   }
   std::vector<uint16_t> rounded;
   const void* weight = source.weight;
@@ -70,13 +73,18 @@ class Engine::Packer {
     char* const weights =
         arena_.take<char>(linears_.packed_bytes(linear.packed.kind, from.in, from.out));
     linear.packed.weights = weights;
-    if (int8) linear.packed.scale = copy(from.scale, from.out, padded);
+    float* sums = nullptr;
+    if (int8) {
+      linear.packed.scale = copy(from.scale, from.out, padded);
+      linear.packed.column_sum = sums = arena_.take<float>(padded);
+      if (!arena_.measuring()) std::fill(sums + from.out, sums + padded, 0.0f);
+    }
     linear.packed.bias = copy(from.bias, from.out, padded);
     linear.input_scale = from.input_scale;
     if (from.input_multiplier != nullptr) {
       linear.input_multiplier = copy(from.input_multiplier, from.in, from.in);
     }
-    if (!arena_.measuring()) jobs_.push_back({&from, weights});
+    if (!arena_.measuring()) jobs_.push_back({&from, weights, sums});
     return linear;
   }
 
@@ -86,8 +94,9 @@ class Engine::Packer {
     const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     parallel_for(static_cast<int64_t>(jobs_.size()), 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (!fastbert::pack(linears_, *jobs_[i].source, jobs_[i].packed)) {
-          refused = jobs_[i].source;
+        const Job& job = jobs_[i];
+        if (!fastbert::pack(linears_, *job.source, job.packed, job.sums)) {
+          refused = job.source;
         }
       }
     });
@@ -101,6 +110,7 @@ class Engine::Packer {
   struct Job {
     const LinearSource* source;
     void* packed;
+    float* sums;
   };
   Arena& arena_;
   const LinearTable& linears_;

@@ -1,7 +1,12 @@
 // Linear layers with weights packed once: what the inference engine is built from.
 //
-//   y[t, n] = act( float(Σ_k q_x[t, k] · q_w[n, k]) · (x_scale[t] · w_scale[n]) + bias[n] )   int8
-//   y[t, n] = act( Σ_k x[t, k] · w[n, k] + bias[n] )                                          bf16
+//   y[t, n] = act( Σ_k x[t, k] · w[n, k] + bias[n] )
+//
+// with bf16 weights as it stands there. int8 weights are w[n, k] ≈ w_scale[n] · q_w[n, k], and
+// x[t, k] ≈ x_scale[t] · q_x[t, k] + x_offset[t], so that the sum is
+//
+//   float(Σ_k q_x[t, k] · q_w[n, k]) · (x_scale[t] · w_scale[n]) + x_offset[t] · column_sum[n]
+//   column_sum[n] = w_scale[n] · float(Σ_k q_w[n, k])
 //
 // One unit of kernels an instruction set (linear_amx.cpp, linear_avx512_vnni.cpp, …) fills a
 // LinearTable. Kernels run on the calling thread; the engine cuts the work into rows and columns.
@@ -36,16 +41,28 @@ struct PackedLinear {
   int64_t in;           // K
   int64_t out;          // N
   const void* weights;  // packed_bytes(kind, in, out), 64-byte aligned
-  const float* scale;   // w_scale (N) padded with zeros to a multiple of kColumnBlock; int8 only
-  const float* bias;    // (N) padded likewise; zeros where there is none
+  // (N) padded with zeros to a multiple of kColumnBlock. int8 weights only, but for the bias:
+  const float* scale;       // w_scale
+  const float* column_sum;  // sum_columns()
+  const float* bias;        // zeros where there is none
 };
 
+/// column_sum of w, (out × in) row-major.
+inline void sum_columns(const int8_t* w, const float* scale, int64_t in, int64_t out, float* sums) {
+  for (int64_t n = 0; n < out; ++n) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < in; ++k) sum += w[n * in + k];
+    sums[n] = scale[n] * static_cast<float>(sum);
+  }
+}
+
 /// Where the rows of x come from. int8: `quantized` with leading dimension quantized_stride(in),
-/// each row padded with zeros from `in` to it, and `scale`, one a row. bf16: `values`, fp32,
-/// leading dimension `in`.
+/// each row padded with zeros from `in` to it, and `scale` and `offset`, one a row. bf16: `values`,
+/// fp32, leading dimension `in`.
 struct LinearInput {
   const int8_t* quantized;
   const float* scale;
+  const float* offset;
   const float* values;
 };
 
@@ -61,11 +78,12 @@ struct LinearTable {
   /// Distance in bytes between rows of a quantised activation of `in` channels: a multiple of 64.
   int64_t (*quantized_stride)(int64_t in);
 
-  /// Rows of fp32 (rows × cols, leading dimension cols) to int8: symmetric, by row. `fixed_scale` >
-  /// 0: that scale for all rows (saturating); 0: each row's own, max|x| / 127. Pads each row with
-  /// zeros. A row with an infinity or a NaN gets the scale NaN, so that its outputs become NaN.
+  /// Rows of fp32 (rows × cols, leading dimension cols) to int8 from -127 to 127, by row.
+  /// `fixed_scale` > 0: that scale for all rows (saturating) and no offset; 0: each row's own, so
+  /// that its least value becomes -127 and its largest 127. Pads each row with zeros. A row with an
+  /// infinity or a NaN gets the scale NaN, so that its outputs become NaN.
   void (*quantize_rows)(const float* x, int64_t rows, int64_t cols, float fixed_scale, int8_t* q,
-                        float* scale);
+                        float* scale, float* offset);
 
   /// y[0 … rows) × [first, last): columns `first` (a multiple of kColumnBlock) up to `last` (such a
   /// multiple or out) of y (rows × out, leading dimension `stride`, fp32). `residual`, unless null,

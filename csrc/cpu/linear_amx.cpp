@@ -32,15 +32,17 @@ struct AmxKernel {
   using Sum = std::conditional_t<kInt8, int32_t, float>;
   static constexpr int64_t kTileRows = 2 * kTileSide;
   static constexpr int64_t kBlockRows = 256;
+  static constexpr int64_t kPanelColumns = kColumnBlock;
+  static constexpr int64_t kStepBytes = 256;
 
   static int64_t row_bytes(int64_t in) { return round_up(in * sizeof(Weight), kTileRowBytes); }
 
   /// Tiles of 16 words of k × 16 columns: [2 halves of the columns][K steps][2 tiles].
-  static int64_t piece_bytes(int64_t in) { return kColumnBlock * row_bytes(in); }
+  static int64_t panel_bytes(int64_t in) { return kColumnBlock * row_bytes(in); }
 
   static void pack_piece(const Weight* w, int64_t in, int64_t columns, void* piece) {
     const int64_t steps = row_bytes(in) / kTileRowBytes, bytes = in * sizeof(Weight);
-    __builtin_memset(piece, 0, piece_bytes(in));
+    __builtin_memset(piece, 0, panel_bytes(in));
     for (int64_t word = 0; 4 * word < bytes; ++word) {
       const int64_t count = std::min<int64_t>(4, bytes - 4 * word);
       for (int64_t column = 0; column < columns; ++column) {
@@ -101,12 +103,12 @@ struct AmxKernel {
     mutable int64_t configured_ = 0;
   };
 
-  static void tile(const Rows& rows, int64_t first, int64_t count, const void* piece, Ahead& ahead,
-                   Sum (*sums)[kColumnBlock]) {
+  static void tile(const Rows& rows, int64_t first, int64_t count, const void* panel, Ahead& ahead,
+                   Sum (*sums)[kPanelColumns]) {
     constexpr int64_t kSumBytes = kColumnBlock * sizeof(Sum);
     const bool both = count > kTileSide;
     const int64_t steps = rows.stride / kTileRowBytes;
-    const char* w = static_cast<const char*>(piece);
+    const char* w = static_cast<const char*>(panel);
     rows.configure(count);
     for (int64_t column = 0; column < kColumnBlock; column += 2 * kTileSide) {
       const char* x = rows.bytes + first * rows.stride;
@@ -115,7 +117,7 @@ struct AmxKernel {
       tile_zero<2>();
       tile_zero<3>();
       for (int64_t step = 0; step < steps; ++step) {
-        for (int64_t i = 0; i < 2 * kTileBytes; i += 4 * kPanel<float>) ahead.step();
+        for (int64_t i = 0; i < 2 * kTileBytes; i += kStepBytes) ahead.step<kStepBytes>();
         tile_load<4>(x, rows.stride);
         tile_load<6>(w, kTileRowBytes);
         tile_load<7>(w + kTileBytes, kTileRowBytes);

@@ -34,30 +34,34 @@ FASTBERT_INLINE Vec<float> activate(Vec<float> u) {
   return u;
 }
 
-/// What the columns and rows of a tile are scaled by, and what is added. No scales: float weights.
+/// What the columns and rows of a tile are scaled by, and what is added (linear.h).
 struct TileScale {
-  const float* row;     // x_scale
-  const float* column;  // w_scale
+  const float* x_scale;  // these four: int8 weights only
+  const float* x_offset;
+  const float* w_scale;
+  const float* column_sum;
   const float* bias;
 };
 
-/// rows × kColumnBlock sums -> rows × columns of y, whose rows, like those of residual (nullptr:
+/// rows × kStride sums, a multiple of the vectors -> rows × columns of y, whose rows, like those of residual (nullptr:
 /// none), are `stride` apart.
 template <class Sum>
 using TileFinish = void (*)(const Sum* sums, int64_t rows, int64_t columns, TileScale scale,
                             const float* residual, float* y, int64_t stride);
 
-template <class Sum, Activation kActivation>
+template <class Sum, int64_t kStride, Activation kActivation>
 void finish_tile(const Sum* sums, int64_t rows, int64_t columns, TileScale scale,
                  const float* residual, float* y, int64_t stride) {
   for (int64_t row = 0; row < rows; ++row) {
     for_vectors<float>(columns, [=](int64_t j, auto lanes) FASTBERT_INLINE_LAMBDA {
-      // Sums, scales and biases reach to the end of the piece.
+      // Sums, scales and biases reach to the end of the panel.
       Vec<float> u;
       if constexpr (std::is_same_v<Sum, int32_t>) {
         const auto sum = load_raw<IntVec<float>>(sums + j);
-        const Vec<float> factor = scale.row[row] * load<float>(scale.column + j);
-        u = __builtin_convertvector(sum, Vec<float>) * factor + load<float>(scale.bias + j);
+        const Vec<float> factor = scale.x_scale[row] * load<float>(scale.w_scale + j);
+        const Vec<float> base =
+            scale.x_offset[row] * load<float>(scale.column_sum + j) + load<float>(scale.bias + j);
+        u = __builtin_convertvector(sum, Vec<float>) * factor + base;
       } else {
         u = load<float>(sums + j) + load<float>(scale.bias + j);
       }
@@ -65,27 +69,27 @@ void finish_tile(const Sum* sums, int64_t rows, int64_t columns, TileScale scale
       if (residual != nullptr) value += load<float>(residual + j, lanes);
       store<float>(y + j, value, lanes);
     });
-    sums += kColumnBlock;
+    sums += kStride;
     y += stride;
     if (residual != nullptr) residual += stride;
   }
 }
 
-template <class Sum>
+template <class Sum, int64_t kStride>
 FASTBERT_INLINE TileFinish<Sum> tile_finish(Activation activation) {
   switch (activation) {
     case Activation::kNone:
-      return finish_tile<Sum, Activation::kNone>;
+      return finish_tile<Sum, kStride, Activation::kNone>;
     case Activation::kGelu:
-      return finish_tile<Sum, Activation::kGelu>;
+      return finish_tile<Sum, kStride, Activation::kGelu>;
     case Activation::kGeluTanh:
-      return finish_tile<Sum, Activation::kGeluTanh>;
+      return finish_tile<Sum, kStride, Activation::kGeluTanh>;
     case Activation::kRelu:
-      return finish_tile<Sum, Activation::kRelu>;
+      return finish_tile<Sum, kStride, Activation::kRelu>;
     case Activation::kSilu:
-      return finish_tile<Sum, Activation::kSilu>;
+      return finish_tile<Sum, kStride, Activation::kSilu>;
     case Activation::kTanh:
-      return finish_tile<Sum, Activation::kTanh>;
+      return finish_tile<Sum, kStride, Activation::kTanh>;
   }
   return nullptr;
 }

@@ -1,8 +1,11 @@
-// Rows of fp32 to int8, symmetric:
+// Rows of fp32 to int8:
 //
-//   x_scale[t] = max_k |x[t, k]| / 127      q[t, k] = clip(rint(x[t, k] · 1 / x_scale[t]), ±127)
+//   offset = (max_k x[k] + min_k x[k]) / 2        scale = (max_k x[k] − min_k x[k]) / 254
+//   q[k] = clip(rint((x[k] − offset) · 1 / scale), ±127)
 //
-// or with one given scale for all rows. rint rounds half to even.
+// or with one given scale for all rows, and no offset. rint rounds half to even. (With the offset a
+// step is as fine as a row of int8 allows: after GELU, whose values are -0.17 at least, it is half
+// of the symmetric one. It costs the Linear one addition an output.)
 #pragma once
 
 #include "microkernel.h"
@@ -11,44 +14,49 @@ namespace fastbert::FASTBERT_ISA {
 
 FASTBERT_INLINE int64_t quantized_stride(int64_t in) { return round_up(in, 64); }
 
-/// |x| as bits, which order as |x| does, with infinity and NaN above all numbers.
-FASTBERT_INLINE IntVec<float> magnitude_bits(Vec<float> x) {
-  return reinterpret_cast<IntVec<float>>(abs<float>(x));
-}
-constexpr int32_t kInfinityBits = 0x7f800000;
+/// The least and the largest value of a row, and whether all of it is finite.
+struct RowRange {
+  float low, high;
+  bool finite;
+};
 
-FASTBERT_INLINE IntVec<float> larger(IntVec<float> a, IntVec<float> b) { return a > b ? a : b; }
-
-FASTBERT_INLINE int32_t largest_lane(IntVec<float> value) {
-  for (int32_t half = kLanes<float> / 2; half > 0; half /= 2) {
-    value = larger(value, __builtin_shuffle(value, lane_index<float>() ^ half));
-  }
-  return value[0];
-}
-
-/// Bits of max |x| over a row.
-FASTBERT_INLINE int32_t row_magnitude(const float* x, int64_t cols) {
+FASTBERT_INLINE RowRange row_range(const float* x, int64_t cols) {
   constexpr int64_t L = kLanes<float>;
-  IntVec<float> most[4] = {};
+  if (cols == 0) return {0, 0, true};
+  constexpr int kChains = 4;
+  Vec<float> low[kChains], high[kChains], poison[kChains] = {};
+  for (int j = 0; j < kChains; ++j) low[j] = high[j] = splat<float>(x[0]);
+  // min and max may pass over a NaN; its product with 0 stays NaN, like that of an infinity.
+  const auto take = [&](int j, Vec<float> value) FASTBERT_INLINE_LAMBDA {
+    low[j] = min<float>(low[j], value);
+    high[j] = max<float>(high[j], value);
+    poison[j] += value * 0.0f;
+  };
   int64_t i = 0;
-  for (; i + 4 * L <= cols; i += 4 * L) {
+  for (; i + kChains * L <= cols; i += kChains * L) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      most[j] = larger(most[j], magnitude_bits(load<float>(x + i + j * L)));
-    }
+    for (int j = 0; j < kChains; ++j) take(j, load<float>(x + i + j * L));
   }
-  for_vectors<float>(cols - i, [&](int64_t j, auto lanes) FASTBERT_INLINE_LAMBDA {
-    most[0] = larger(most[0], magnitude_bits(load<float>(x + i + j, lanes)));
+  for_vectors<float>(cols - i, [&](int64_t at, auto lanes) FASTBERT_INLINE_LAMBDA {
+    const Vec<float> value = load<float>(x + i + at, lanes);
+    take(0, keep<float>(value, splat<float>(x[0]), lanes));
   });
-  return largest_lane(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  for (int j = 1; j < kChains; ++j) {
+    low[0] = min<float>(low[0], low[j]);
+    high[0] = max<float>(high[0], high[j]);
+    poison[0] += poison[j];
+  }
+  return {-horizontal_max<float>(-low[0]), horizontal_max<float>(high[0]),
+          horizontal_sum<float>(poison[0]) == 0};
 }
 
-/// clip(rint(x · inverse), ±127), in the low byte of each lane: from 1.5 · 2²³ on, floats are
-/// integers, and an addition rounds to them.
-FASTBERT_INLINE IntVec<float> quantize(Vec<float> x, float inverse) {
+/// clip(rint((x − offset) · inverse), ±127), in the low byte of each lane: from 1.5 · 2²³ on, floats
+/// are integers, and an addition rounds to them.
+FASTBERT_INLINE IntVec<float> quantize(Vec<float> x, float offset, float inverse) {
   constexpr float kRoundToInteger = 12582912.0f;
+  const Vec<float> steps = (x - offset) * inverse;
   const Vec<float> clipped =
-      max<float>(splat<float>(-127.0f), min<float>(splat<float>(127.0f), x * inverse));
+      max<float>(splat<float>(-127.0f), min<float>(splat<float>(127.0f), steps));
   return reinterpret_cast<IntVec<float>>(clipped + kRoundToInteger);
 }
 
@@ -71,30 +79,28 @@ FASTBERT_INLINE QuarterVec low_bytes(IntVec<float> value) {
 }
 
 inline void quantize_rows(const float* x, int64_t rows, int64_t cols, float fixed_scale, int8_t* q,
-                          float* scale) {
-  constexpr int64_t L = kLanes<float>;
+                          float* scale, float* offset) {
+  constexpr float kLargest = 3.40282347e38f;
   const int64_t stride = quantized_stride(cols);
   for (int64_t row = 0; row < rows; ++row, x += cols, q += stride) {
-    const int32_t bits = row_magnitude(x, cols);
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
-    scale[row] = fixed_scale > 0 ? fixed_scale : magnitude / 127.0f;
-    const float inverse = fixed_scale > 0 ? 1.0f / fixed_scale : 127.0f / magnitude;
-    if (bits >= kInfinityBits) scale[row] = __builtin_nanf("");
-    // A row of zeros, or of values so small that the reciprocal overflows, counts as zeros; one
-    // with infinities or NaN too: its scale makes every output NaN.
-    if (bits >= kInfinityBits || bits == 0 || inverse > 3.40282347e38f) {
+    const RowRange range = row_range(x, cols);
+    const float half = 0.5f * range.high - 0.5f * range.low;
+    const bool fixed = fixed_scale > 0;
+    scale[row] = !range.finite ? __builtin_nanf("") : fixed ? fixed_scale : half / 127.0f;
+    const float center = fixed || !range.finite ? 0.0f : 0.5f * range.high + 0.5f * range.low;
+    offset[row] = center;
+    const float inverse = fixed ? 1.0f / fixed_scale : 127.0f / half;
+    // A row of one value, or of values so close that the reciprocal overflows, is its offset; one
+    // with infinities or NaN is zeros, and its scale makes every output NaN.
+    if (!range.finite || !(inverse <= kLargest)) {
       __builtin_memset(q, 0, stride);
       continue;
     }
     for_vectors<float>(cols, [=](int64_t i, auto lanes) FASTBERT_INLINE_LAMBDA {
-      const QuarterVec bytes = low_bytes(quantize(load<float>(x + i, lanes), inverse));
-      // A last part may fill its vector: lanes that are not real are 0, and so is what pads the
-      // row.
-      store_raw(q + i, bytes);
+      // A last part may fill its vector: what it writes behind the row is padding.
+      store_raw(q + i, low_bytes(quantize(load<float>(x + i, lanes), center, inverse)));
     });
-    const int64_t written = round_up(cols, L);
-    __builtin_memset(q + written, 0, stride - written);
+    __builtin_memset(q + cols, 0, stride - cols);
   }
 }
 

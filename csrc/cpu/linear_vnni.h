@@ -27,14 +27,18 @@ FASTBERT_INLINE IntVec<float> dot4(IntVec<float> sum, IntVec<float> u, IntVec<fl
 struct Int8Kernel {
   using Weight = int8_t;
   using Sum = int32_t;
+  static constexpr int kVectors = kPanelVectors;
+  static constexpr int64_t kPanelColumns = kVectors * kLanes<float>;
   static constexpr int64_t kTileRows = 6;
   static constexpr int64_t kBlockRows = 256;
+  static constexpr int64_t kStepBytes = 4 * kPanelColumns;
 
-  static int64_t piece_bytes(int64_t in) { return packed_piece_bytes<Weight>(in); }
+  static int64_t panel_bytes(int64_t in) { return packed_bytes<Weight>(kPanelColumns, in); }
   static void pack_piece(const int8_t* w, int64_t in, int64_t columns, void* piece) {
-    pack_words(w, in, columns, piece);
+    pack_words<kPanelColumns>(w, in, columns, piece);
     uint8_t* bytes = static_cast<uint8_t*>(piece);
-    for (int64_t i = 0; i < piece_bytes(in); ++i) bytes[i] ^= 0x80;
+    const int64_t count = packed_bytes<Weight>(kColumnBlock, in);
+    for (int64_t i = 0; i < count; ++i) bytes[i] ^= 0x80;
   }
 
   struct Rows {
@@ -57,48 +61,35 @@ struct Int8Kernel {
     int32_t start[kBlockRows];
   };
 
-  static void tile(const Rows& rows, int64_t first, int64_t count, const void* piece, Ahead& ahead,
-                   int32_t (*sums)[kColumnBlock]) {
-    const auto tile = tile_of<Int8Kernel>(count);
-    for (int64_t column = 0; column < kColumnBlock; column += kPanel<float>) {
-      tile(rows, first, static_cast<const int32_t*>(piece) + column * rows.words, ahead,
-           sums[0] + column);
-    }
+  static void tile(const Rows& rows, int64_t first, int64_t count, const void* panel, Ahead& ahead,
+                   int32_t (*sums)[kPanelColumns]) {
+    tile_of<Int8Kernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
   }
 
-  /// kRows rows from `first` on times one panel -> sums, rows kColumnBlock apart.
   template <int kRows>
   static void tile_rows(const Rows& rows, int64_t first, const int32_t* panel, Ahead& ahead,
                         int32_t* sums) {
-    constexpr int64_t L = kLanes<float>, P = kPanel<float>;
+    constexpr int64_t L = kLanes<float>, P = kPanelColumns;
     const int64_t stride = rows.stride;
     const int8_t* x = rows.values + first * stride;
-    IntVec<float> acc[kRows][kPanelVectors];
+    IntVec<float> acc[kRows][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = IntVec<float>{} + rows.start[first + i];
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = IntVec<float>{} + rows.start[first + i];
     }
-    for_words(0, rows.words, ahead, [&](int64_t word) FASTBERT_INLINE_LAMBDA {
-      IntVec<float> w[kPanelVectors];
+    for_words<P>(0, rows.words, ahead, [&](int64_t word) FASTBERT_INLINE_LAMBDA {
+      IntVec<float> w[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) {
-        w[j] = load_raw<IntVec<float>>(panel + word * P + j * L);
-      }
+      for (int j = 0; j < kVectors; ++j) w[j] = load_raw<IntVec<float>>(panel + word * P + j * L);
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         const IntVec<float> four = IntVec<float>{} + load_raw<int32_t>(x + i * stride + word * 4);
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) acc[i][j] = dot4(acc[i][j], w[j], four);
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = dot4(acc[i][j], w[j], four);
       }
     });
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) {
-        store_raw(sums + i * kColumnBlock + j * L, acc[i][j]);
-      }
-    }
+    store_tile(acc, sums);
   }
 };
 

@@ -41,12 +41,15 @@ FASTBERT_INLINE IntVec<float> dot2(IntVec<float> sum, Int16Vec a, Int16Vec b) {
 struct Int8Kernel {
   using Weight = int8_t;
   using Sum = int32_t;
+  static constexpr int kVectors = kPanelVectors;
+  static constexpr int64_t kPanelColumns = kVectors * kLanes<float>;
   static constexpr int64_t kTileRows = 6;
   static constexpr int64_t kBlockRows = 96;
+  static constexpr int64_t kStepBytes = 4 * kPanelColumns;
 
-  static int64_t piece_bytes(int64_t in) { return packed_piece_bytes<Weight>(in); }
+  static int64_t panel_bytes(int64_t in) { return packed_bytes<Weight>(kPanelColumns, in); }
   static void pack_piece(const int8_t* w, int64_t in, int64_t columns, void* piece) {
-    pack_words(w, in, columns, piece);
+    pack_words<kPanelColumns>(w, in, columns, piece);
   }
 
   /// Each row widened: its pairs of even k, then its pairs of odd k, `stride` bytes each.
@@ -67,28 +70,23 @@ struct Int8Kernel {
     int8_t* const values;
   };
 
-  static void tile(const Rows& rows, int64_t first, int64_t count, const void* piece, Ahead& ahead,
-                   int32_t (*sums)[kColumnBlock]) {
-    const auto tile = tile_of<Int8Kernel>(count);
-    for (int64_t column = 0; column < kColumnBlock; column += kPanel<float>) {
-      tile(rows, first, static_cast<const int32_t*>(piece) + column * rows.words, ahead,
-           sums[0] + column);
-    }
+  static void tile(const Rows& rows, int64_t first, int64_t count, const void* panel, Ahead& ahead,
+                   int32_t (*sums)[kPanelColumns]) {
+    tile_of<Int8Kernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
   }
 
-  /// kRows rows from `first` on times one panel -> sums, rows kColumnBlock apart.
   template <int kRows>
   static void tile_rows(const Rows& rows, int64_t first, const int32_t* panel, Ahead& ahead,
                         int32_t* sums) {
-    constexpr int64_t L = kLanes<float>, P = kPanel<float>;
+    constexpr int64_t L = kLanes<float>, P = kPanelColumns;
     const int64_t stride = rows.stride;
     const int8_t* x = rows.values + first * 2 * stride;
-    IntVec<float> acc[kRows][kPanelVectors] = {};
-    for_words(0, rows.words, ahead, [&](int64_t word) FASTBERT_INLINE_LAMBDA {
+    IntVec<float> acc[kRows][kVectors] = {};
+    for_words<P>(0, rows.words, ahead, [&](int64_t word) FASTBERT_INLINE_LAMBDA {
       const auto add = [&](const int8_t* half, auto widen) FASTBERT_INLINE_LAMBDA {
-        Int16Vec w[kPanelVectors];
+        Int16Vec w[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) {
+        for (int j = 0; j < kVectors; ++j) {
           w[j] = widen(load_raw<Int16Vec>(panel + word * P + j * L));
         }
 #pragma GCC unroll 6
@@ -96,7 +94,7 @@ struct Int8Kernel {
           const auto pair = load_raw<int32_t>(half + i * 2 * stride + word * 4);
           const auto broadcast = reinterpret_cast<Int16Vec>(IntVec<float>{} + pair);
 #pragma GCC unroll 4
-          for (int j = 0; j < kPanelVectors; ++j) {
+          for (int j = 0; j < kVectors; ++j) {
             acc[i][j] = dot2(acc[i][j], w[j], broadcast);
             settle(acc[i][j]);
           }
@@ -105,13 +103,7 @@ struct Int8Kernel {
       add(x, even_bytes);
       add(x + stride, odd_bytes);
     });
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) {
-        store_raw(sums + i * kColumnBlock + j * L, acc[i][j]);
-      }
-    }
+    store_tile(acc, sums);
   }
 };
 

@@ -178,13 +178,13 @@ FASTBERT_INLINE void transpose(Vec<S> (&rows)[kLanes<S>]) {
   }
 }
 
-/// fromᵀ as panel_major(to, columns): `rows` rows of `columns` elements become the columns of B. The
-/// last vector of columns is filled up with zeros.
-template <class S, class T>
+/// fromᵀ as panel_major(to, columns), or in panels of P: `rows` rows of `columns` elements become the
+/// columns of B. The last vector of columns is filled up with zeros.
+template <class S, int64_t P = kPanel<S>, class T>
 void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t columns, S* to) {
   constexpr int64_t L = kLanes<S>;
   for (int64_t i = 0; i < rows; i += L) {
-    S* panel = to + i / kPanel<S> * kPanel<S> * columns + i % kPanel<S>;
+    S* panel = to + i / P * P * columns + i % P;
     const int64_t real = std::min(L, rows - i);
     for_vectors<S>(columns, [&](int64_t j, auto lanes) FASTBERT_INLINE_LAMBDA {
       Vec<S> block[L];
@@ -196,7 +196,7 @@ void pack_transposed(const T* from, int64_t from_stride, int64_t rows, int64_t c
       const int64_t count = std::min(L, columns - j);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < L; ++r) {
-        if (r < count) store<S>(panel + (j + r) * kPanel<S>, block[r]);
+        if (r < count) store<S>(panel + (j + r) * P, block[r]);
       }
     });
   }

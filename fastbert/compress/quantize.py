@@ -35,7 +35,7 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     tokenizer: Any = None,
     calibrate: str = "mse",
-    smooth_quant: float | None = 0.75,
+    smooth_quant: float | None = 0.5,
     keep_float: Iterable[str | int] = (),
     evaluate: Evaluate | None = None,
     max_loss: float = 0.5,
@@ -45,8 +45,8 @@ def quantize(
     model: a model of fastbert's, or a bare or task model of ``transformers``, accelerated or not,
         of the families that ``accelerate`` knows; LoRA is merged. It stays as it is.
     scheme: "int8-dynamic", int8 weights by channel and int8 activations, each token by its own
-        largest value; "int8-static", one scale a tensor, which ``calibration`` gives: less exact,
-        with outliers far less; "bf16".
+        range; "int8-static", one scale a tensor, which ``calibration`` gives: less exact, with
+        outliers far less; "bf16".
     calibration: texts, or batches as the model takes them (dicts with input_ids and attention_mask)
         or PackedBatches: a few hundred typical inputs. "int8-static" needs them; for smooth_quant
         random tokens do without.

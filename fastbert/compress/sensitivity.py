@@ -36,7 +36,7 @@ def sensitivity(
     scheme: str = "int8-dynamic",
     *,
     tokenizer: Any = None,
-    smooth_quant: float | None = 0.75,
+    smooth_quant: float | None = 0.5,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Sensitivity:
     """The error of each Linear and each layer when that one is quantised and the rest is in bf16.

@@ -13,6 +13,7 @@ from fastbert.ops import (
     add_layer_norm,
     attention,
     bias_gelu,
+    column_sums,
     embed_layer_norm,
     linear_int8,
     quantize_rows,
@@ -113,15 +114,16 @@ def stored_linear(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor
 def quantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, input_scale: Tensor | None = None
 ) -> Tensor:
-    """y[t, n] = (sum_k q_x[t, k] weight[n, k]) x_scale[t] weight_scale[n] + bias[n].
+    """y[t, n] = sum_k x[t, k] weight[n, k] weight_scale[n] + bias[n], with x in int8.
 
-    x: (T, K) fp32, quantised to q_x by x_scale: ``input_scale`` (1) for all rows, or for each
-    ``max_k |x[t, k]| / 127`` where that is None.  weight: (N, K) int8.  weight_scale, bias: (N)
-    fp32.  The integer sum is exact.
+    x: (T, K) fp32, quantised as ``quantize_rows`` does; or, where ``input_scale`` (1) is given, as
+    round(x / input_scale).  weight: (N, K) int8.  weight_scale, bias: (N) fp32.  The integer sum is
+    exact.
     """
-    if input_scale is None:
-        q, scale = quantize_rows(x)
-    else:
+    if input_scale is not None:
         q = (x * (1 / input_scale)).round().clamp(-127, 127).to(torch.int8)
         scale = input_scale.expand(len(x)).contiguous()
-    return linear_int8(q, scale, weight, weight_scale, bias)
+        return linear_int8(q, scale, weight, weight_scale, bias)
+    q, scale, offset = quantize_rows(x)
+    sums = column_sums(weight, weight_scale)
+    return linear_int8(q, scale, weight, weight_scale, bias, offset=offset, column_sum=sums)

@@ -176,7 +176,7 @@ def engine_tensors(
     """All tensors of the engine: Linears named in ``integer`` as int8, the others as bf16.
 
     input_scales: Linear -> its one activation scale (static); the others quantise each token by its
-    own largest value.  smoothing: Linear -> s (K), by which its weight's columns are multiplied and
+    own range.  smoothing: Linear -> s (K), by which its weight's columns are multiplied and
     its input divided before either is quantised.
     """
     arrays: Arrays = {}

@@ -8,7 +8,7 @@ from fastbert.ops.embed_layer_norm import embed_layer_norm
 from fastbert.ops.feed_forward import feed_forward
 from fastbert.ops.linear import linear
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
-from fastbert.ops.linear_int8 import linear_int8, quantize_rows
+from fastbert.ops.linear_int8 import column_sums, linear_int8, quantize_rows
 from fastbert.ops.qkv_linear import qkv_linear
 from fastbert.ops.rows import gather_rows, scatter_rows
 
@@ -25,6 +25,7 @@ __all__ = [
     "gather_rows",
     "linear",
     "linear_cross_entropy",
+    "column_sums",
     "linear_int8",
     "qkv_linear",
     "quantize_rows",

@@ -157,7 +157,7 @@ def scatter_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return scatter_rows_reference(x, index, num_rows)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return quantize_rows_reference(x)
 
 

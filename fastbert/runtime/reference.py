@@ -55,17 +55,21 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(1, keepdims=True) + eps) * weight + bias
 
 
-def quantize_rows(x: Array, input_scale: float | None = None) -> tuple[Array, Array]:
-    """int8 values, as float, and scale (T): the row's max |x| / 127, or ``input_scale`` for all."""
+def quantize_rows(x: Array, input_scale: float | None = None) -> tuple[Array, Array, Array]:
+    """q (T, K), int8 values as float, scale (T) and offset (T), with x = scale q + offset.
+
+    The middle and the 254th part of each row's range; with ``input_scale`` that, and no offset.
+    """
     if input_scale is None:
-        largest = np.abs(x).max(1, initial=0.0)
-        scale = (largest / np.float32(127)).astype(np.float32)
+        high, low = np.float32(0.5) * x.max(1), np.float32(0.5) * x.min(1)
+        half, offset = high - low, high + low
+        scale = half / np.float32(127)
         with np.errstate(divide="ignore"):
-            inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
+            inverse = np.where(half > 0, np.float32(127) / half, np.float32(0))
     else:
         scale = np.full(len(x), input_scale, np.float32)
-        inverse = np.float32(1) / scale
-    return np.clip(np.rint(x * inverse[:, None]), -127, 127), scale
+        inverse, offset = np.float32(1) / scale, np.zeros(len(x), np.float32)
+    return np.clip(np.rint((x - offset[:, None]) * inverse[:, None]), -127, 127), scale, offset
 
 
 def linear(tensors: dict[str, Array], name: str, x: Array) -> Array:
@@ -76,10 +80,12 @@ def linear(tensors: dict[str, Array], name: str, x: Array) -> Array:
     multiplier, fixed = (tensors.get(f"{name}.{x}") for x in ("input_multiplier", "input_scale"))
     if multiplier is not None:
         x = x * multiplier
-    q, scale = quantize_rows(x, None if fixed is None else float(fixed[0]))
+    q, scale, offset = quantize_rows(x, None if fixed is None else float(fixed[0]))
     wide = np.float32 if weight.shape[1] <= _F32_EXACT else np.float64
     total = (q.astype(wide) @ weight.T.astype(wide)).astype(np.float32)
-    return total * (scale[:, None] * tensors[f"{name}.weight_scale"]) + bias
+    weight_scale = tensors[f"{name}.weight_scale"]
+    column_sum = weight_scale * weight.sum(1, dtype=np.int32).astype(np.float32)
+    return total * (scale[:, None] * weight_scale) + (offset[:, None] * column_sum + bias)
 
 
 def _attention(qkv: Array, cu_seqlens: Array, head_dim: int) -> Array:

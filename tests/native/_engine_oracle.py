@@ -198,20 +198,24 @@ def rounded(value: Array, variance: Array, units: float = 1.0) -> Estimate:
 
 
 def quantized(x: Estimate, fixed: float | None) -> Estimate:
-    """scale * rint(x / scale), with one step of variance where rint may go either way."""
-    largest = np.abs(x.value).max(-1, keepdims=True)
-    scale = largest / 127 if fixed is None else np.full_like(largest, fixed)
+    """offset + scale * rint((x - offset) / scale), with one step of variance where rint may go
+    either way."""
+    high, low = x.value.max(-1, keepdims=True), x.value.min(-1, keepdims=True)
+    offset = (high + low) / 2 if fixed is None else np.zeros_like(high)
+    scale = (high - low) / 254 if fixed is None else np.full_like(high, fixed)
     scale[scale == 0] = 1
-    steps = x.value / scale
-    # Variance of the scale, relative; it is the rounding of the largest value.
-    of_scale = 0.0 if fixed is not None else x.variance.max(-1, keepdims=True) / (127 * scale) ** 2
-    of_scale = of_scale + (4 * UNIT) ** 2
-    reach = SIGMAS * np.sqrt(x.variance / scale**2 + steps**2 * of_scale)
+    steps = (x.value - offset) / scale
+    # Variances of the ends of the range, in steps: half of each goes into the offset, and into the
+    # scale. Then the roundings of these two, and of x - offset.
+    of_ends = 0.0 if fixed is not None else x.variance.max(-1, keepdims=True) / scale**2 / 2
+    of_scale = of_ends / 127**2 + (4 * UNIT) ** 2
+    of_offset = of_ends + (2 * UNIT * offset / scale) ** 2
+    reach = SIGMAS * np.sqrt(x.variance / scale**2 + steps**2 * of_scale + of_offset)
     undecided = np.abs(steps - np.floor(steps) - 0.5) <= reach
     undecided &= np.abs(steps) < 127.5 + reach
     q = np.rint(steps).clip(-127, 127)
     flips = np.where(undecided, 1 + np.floor(reach), 0)
-    return Estimate(q * scale, scale**2 * (flips**2 + q**2 * of_scale))
+    return Estimate(offset + q * scale, scale**2 * (flips**2 + q**2 * of_scale + of_offset))
 
 
 def linear(tensors: dict[str, Array], name: str, x: Estimate, isa: str) -> Estimate:

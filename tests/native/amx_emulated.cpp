@@ -19,12 +19,15 @@ int64_t quantized_stride(int64_t in) {
   return fastbert::linear_amx::linear_table()->quantized_stride(in);
 }
 
+/// `zeros`: as many as there are columns (in whole pieces) or rows; so are the scales.
 void run(int kind, int64_t in, int64_t out, const void* weights, const float* w_scale,
-         const float* bias, const int8_t* quantized, const float* x_scale, const float* values,
+         const float* zeros, const int8_t* quantized, const float* x_scale, const float* values,
          int64_t rows, int64_t first, int64_t last, float* y) {
+  const bool int8 = static_cast<Weights>(kind) == Weights::kInt8;
   fastbert::linear_amx::linear_table()->run(
-      {static_cast<Weights>(kind), in, out, weights, w_scale, bias}, {quantized, x_scale, values},
-      rows, first, last, Activation::kNone, nullptr, y, out);
+      {static_cast<Weights>(kind), in, out, weights, w_scale, zeros, zeros},
+      {int8 ? quantized : nullptr, x_scale, zeros, values}, rows, first, last, Activation::kNone,
+      nullptr, y, out);
 }
 
 }  // extern "C"

@@ -53,16 +53,19 @@ def int8_linear(w: Array, activation: str = "none", *, scale=1.0, bias=None, fix
     return native.Linear(w, w_scale, bias, x_scale, activation)
 
 
-def quantized(x: Array, fixed: float | None = None) -> tuple[Array, Array]:
-    """The definition: int8 rows and their scales."""
-    most = np.abs(x).max(axis=1, initial=0)
+def quantized(x: Array, fixed: float | None = None) -> tuple[Array, Array, Array]:
+    """The definition: int8 rows, their scales and their offsets."""
     if fixed is None:
-        scale = most / Float(127)
+        high, low = Float(0.5) * x.max(axis=1), Float(0.5) * x.min(axis=1)
+        half, offset = high - low, high + low
+        scale = half / Float(127)
         with np.errstate(divide="ignore"):
-            inverse = np.where(most > 0, Float(127) / most, Float(0))
+            inverse = np.where(half > 0, Float(127) / half, Float(0))
     else:
         scale, inverse = np.full(len(x), fixed, Float), np.full(len(x), 1 / Float(fixed), Float)
-    return np.clip(np.rint(x * inverse[:, None]), -127, 127).astype(np.int8), scale
+        offset = np.zeros(len(x), Float)
+    steps = (x - offset[:, None]) * inverse[:, None]
+    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale, offset
 
 
 def bf16(x: Array) -> Array:
@@ -102,24 +105,28 @@ def test_int8_with_scales_and_bias(isa: str, fixed: float | None) -> None:
     x = random.standard_normal((37, 300), Float) * random.lognormal(0, 2, (37, 1)).astype(Float)
     w = random.integers(-127, 128, (130, 300), np.int8)
     w_scale, bias = random.random(130, Float), random.standard_normal(130, Float)
-    q, x_scale = quantized(x, fixed)
+    q, x_scale, offset = quantized(x, fixed)
     sums = q.astype(np.int64) @ w.T.astype(np.int64)
     factor = x_scale[:, None] * w_scale
-    got = run(int8_linear(w, scale=w_scale, fixed=fixed), x)
-    np.testing.assert_array_equal(got, sums.astype(Float) * factor)
     got = run(int8_linear(w, scale=w_scale, fixed=fixed, bias=bias), x)
     product = sums * factor.astype(np.float64)
-    assert np.all(np.abs(got - (product + bias)) <= 4 * EPS * (np.abs(product) + np.abs(bias)))
+    shift = offset[:, None].astype(np.float64) * (w_scale * w.sum(1, dtype=np.int64))
+    assert fixed is not None or np.abs(shift).max() > 1
+    terms = np.abs(product) + np.abs(shift) + np.abs(bias)
+    assert np.all(np.abs(got - (product + shift + bias)) <= 4 * EPS * terms)
+    if fixed is not None:
+        got = run(int8_linear(w, scale=w_scale, fixed=fixed), x)
+        np.testing.assert_array_equal(got, sums.astype(Float) * factor)
 
 
 # --------------------------------------------------------------------------------- quantize_rows
 
 
-def quantize_rows(x: Array, threads: int = 1) -> tuple[Array, Array]:
+def quantize_rows(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     out = np.full(x.shape, 99, np.int8)
-    scales = np.full(len(x), -1, Float)
-    native.quantize_rows(x, out, scales, threads)
-    return out, scales
+    scales, offsets = np.full((2, len(x)), -1, Float)
+    native.quantize_rows(x, out, scales, offsets, threads)
+    return out, scales, offsets
 
 
 @pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 63, 64, 65, 768, 1000])
@@ -127,13 +134,24 @@ def test_quantize_rows_is_its_definition(isa: str, k: int) -> None:
     random = rng(k)
     x = random.standard_normal((67, k), Float) * random.lognormal(0, 20, (67, 1)).astype(Float)
     x[1] = 0
-    x[2] = random.integers(-127, 128, k) + Float(0.5) * (random.random(k) < 0.5)  # ties
-    x[2, 0] = 127
+    x[2] = random.integers(-127, 127, k) + Float(0.5) * (random.random(k) < 0.5)  # ties
+    x[2, 0], x[2, -1] = 127, -127
+    x[3] = np.abs(x[3])  # 0 is not among them
+    x[4] = -3
     expected = quantized(x)
     for threads in (1, 3):
-        got = quantize_rows(x, threads)
-        np.testing.assert_array_equal(got[0], expected[0])
-        np.testing.assert_array_equal(got[1], expected[1])
+        for got, wanted in zip(quantize_rows(x, threads), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_step_is_that_of_the_range_of_a_row(isa: str) -> None:
+    x = np.array([[-1, 0, 9, 0.5], [-4, 4, 2, 0], [5, 5, 5, 5], [3e38, -3e38, 0, 1]], Float)
+    q, scales, offsets = quantize_rows(x)
+    np.testing.assert_allclose(scales, [5 / 127, 4 / 127, 0, 3e38 / 127], rtol=1e-7)
+    np.testing.assert_array_equal(offsets, [4, 0, 5, 0])
+    np.testing.assert_array_equal(q[:, :2], [[-127, -102], [-127, 127], [0, 0], [127, -127]])
+    error = np.abs(q * scales[:, None].astype(np.float64) + offsets[:, None] - x)
+    assert np.all(error <= scales[:, None] * 0.50001)
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
@@ -147,16 +165,17 @@ def test_rows_that_are_not_finite_give_nan(isa: str, bad: float, fixed: float | 
             got = run(int8_linear(np.ones((70, k), np.int8), fixed=fixed), x)
             assert np.isnan(got[4]).all()
             np.testing.assert_array_equal(np.delete(got, 4, 0), np.delete(good, 4, 0))
-            q, scales = quantize_rows(x)
+            q, scales, _ = quantize_rows(x)
             assert np.isnan(scales[4])
             assert not q[4].any()
 
 
-def test_rows_too_small_to_divide_by_count_as_zeros(isa: str) -> None:
-    x = np.array([[1e-38, -1e-45, 0], [0, 0, 0], [1e-36, 6e-37, 0]], Float)
-    q, scales = quantize_rows(x)
-    np.testing.assert_array_equal(q, [[0, 0, 0], [0, 0, 0], [127, 76, 0]])
+def test_rows_too_close_to_divide_by_their_range_count_as_their_middle(isa: str) -> None:
+    x = np.array([[1e-38, -1e-38, 0], [0, 0, 0], [1e-36, 6e-37, -1e-36]], Float)
+    q, scales, offsets = quantize_rows(x)
+    np.testing.assert_array_equal(q, [[0, 0, 0], [0, 0, 0], [127, 76, -127]])
     np.testing.assert_array_equal(scales, np.abs(x).max(axis=1) / Float(127))
+    np.testing.assert_array_equal(offsets, [0, 0, 0])
 
 
 # ------------------------------------------------------------------------------------------- bf16
@@ -329,4 +348,4 @@ def test_bad_calls() -> None:
         with pytest.raises(ValueError, match="columns: got"):
             linear.run(x, out, 1, None, columns)
     with pytest.raises(ValueError, match="scales: got None"):
-        native.quantize_rows(x, np.ones((4, 3), np.int8), None, 1)
+        native.quantize_rows(x, np.ones((4, 3), np.int8), None, np.ones(4, Float), 1)

@@ -113,7 +113,7 @@ class EmulatedAmx:
         padded = math.ceil(n / 64) * 64
         packed = np.empty(self._bytes(kind, k, n) + 64, np.int8)
         packed = packed[-packed.ctypes.data % 64 :]
-        ones, zeros = np.ones(max(padded, rows), Float), np.zeros(padded, Float)
+        ones, zeros = (make(max(padded, rows), Float) for make in (np.ones, np.zeros))
         if kind == 0:
             stride = self._library.quantized_stride(ctypes.c_int64(k))
             x = np.pad(x, ((0, 0), (0, stride - k)))

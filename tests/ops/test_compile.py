@@ -32,7 +32,8 @@ def fresh_dynamo() -> Iterator[None]:
 
 def test_every_public_function_has_a_sample() -> None:
     functions = {name for name in ops.__all__ if name in vars(ops) and name.islower()}
-    int8 = {"quantize_rows", "linear_int8"}  # not differentiable: test_linear_int8.py compiles them
+    # Not differentiable: test_linear_int8.py compiles them.
+    int8 = {"quantize_rows", "linear_int8", "column_sums"}
     assert functions - {"choices", "use_backend"} - int8 == set(NAMES)
 
 
@@ -165,9 +166,11 @@ def library_calls(p: float) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "linear_cross_entropy", (x, leaf(5, 6), leaf(5), ids, 4, True)
     yield "linear_cross_entropy", (x, leaf(5, 6), None, ids, 4, False)
     yield "quantize_rows", (draw(7, 6),)
-    rows, columns = ops.quantize_rows(draw(7, 6)), ops.quantize_rows(draw(5, 6))
-    yield "linear_int8", (*rows, *columns, None, 0, torch.float32)
-    yield "linear_int8", (*rows, *columns, draw(5).float(), 1, torch.bfloat16)
+    q, scale, offset = ops.quantize_rows(draw(7, 6))
+    weight = ops.quantize_rows(draw(5, 6))[:2]
+    bias = draw(5).float()
+    yield "linear_int8", (q, scale, *weight, None, None, None, 0, torch.float32)
+    yield "linear_int8", (q, scale, *weight, bias, offset, bias, 1, torch.bfloat16)
 
 
 def test_every_operator_has_a_call() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import linear_int8, quantize_rows, use_backend
+from fastbert.ops import column_sums, linear_int8, quantize_rows, use_backend
 
 from ._targets import Draw, Target, targets
 
@@ -30,17 +30,19 @@ def random_int8(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rows_are_rounded_as_numpy_rounds(target: Target, shape: tuple[int, int]) -> None:
     x = Draw(target)(*shape, scale=3.0)
     if len(x):
-        x[0] = 0
+        x[0] = 3
         x[-1, 0] = 400.0
-    q, scale = quantize_rows(x)
+    q, scale, offset = quantize_rows(x)
     values = x.float().cpu().numpy()
-    largest = np.abs(values).max(1, initial=0)
+    high, low = np.float32(0.5) * values.max(1), np.float32(0.5) * values.min(1)
+    half, middle = high - low, high + low
     with np.errstate(divide="ignore"):
-        inverse = np.where(largest > 0, np.float32(127) / largest, np.float32(0))
-    expected = np.clip(np.rint(values * inverse[:, None].astype(np.float32)), -127, 127)
-    assert q.dtype == torch.int8 and scale.dtype == torch.float32
+        inverse = np.where(half > 0, np.float32(127) / half, np.float32(0))
+    expected = np.clip(np.rint((values - middle[:, None]) * inverse[:, None]), -127, 127)
+    assert q.dtype == torch.int8 and scale.dtype == offset.dtype == torch.float32
     assert np.array_equal(q.cpu().numpy(), expected.astype(np.int8))
-    np.testing.assert_array_equal(scale.cpu().numpy(), largest / np.float32(127))
+    np.testing.assert_array_equal(scale.cpu().numpy(), half / np.float32(127))
+    np.testing.assert_array_equal(offset.cpu().numpy(), middle)
 
 
 @on_every_target
@@ -63,15 +65,18 @@ def test_sums_are_exact_integers(target: Target, size: tuple[int, int, int]) -> 
 def test_epilogue(target: Target, activation: str, with_bias: bool) -> None:
     draw = Draw(target)
     q, weight = random_int8(33, 64), random_int8(50, 64, seed=1)
-    scale, weight_scale, bias = (
-        draw(n, scale=s).float() for n, s in ((33, 1.0), (50, 1e-4), (50, 1.0))
+    scale, weight_scale, bias, offset, column_sum = (
+        draw(n, scale=s).float()
+        for n, s in ((33, 1.0), (50, 1e-4), (50, 1.0), (33, 1.0), (50, 1.0))
     )
     y = linear_int8(
         q.to(target.device), scale, weight.to(target.device), weight_scale,
-        bias if with_bias else None, activation=activation, dtype=target.dtype,
+        bias if with_bias else None, offset=offset, column_sum=column_sum, activation=activation,
+        dtype=target.dtype,
     )  # fmt: skip
     exact = q.double() @ weight.double().t()
     exact = exact * scale.double().cpu()[:, None] * weight_scale.double().cpu()
+    exact = exact + offset.double().cpu()[:, None] * column_sum.double().cpu()
     exact = exact + bias.double().cpu() if with_bias else exact
     if activation != "none":
         form = "tanh" if activation == "gelu_tanh" else "none"
@@ -85,10 +90,13 @@ def test_epilogue(target: Target, activation: str, with_bias: bool) -> None:
 def test_a_linear_through_int8_is_off_by_half_a_step_at_most(target: Target) -> None:
     """|y - y_int8| <= sum_k |x| d_w + |w| d_x + d_x d_w, d half a step of each."""
     draw = Draw(target)
-    x, w = draw(40, 96).float(), draw(30, 96).float()
-    q, scale = quantize_rows(x)
-    wq, w_scale = quantize_rows(w)
-    y = linear_int8(q, scale, wq, w_scale)
+    x, w = draw(40, 96).float() + 1, draw(30, 96).float()
+    q, scale, offset = quantize_rows(x)
+    w_scale = w.abs().amax(1) / 127
+    wq = (w / w_scale[:, None]).round().to(torch.int8)
+    sums = column_sums(wq, w_scale)
+    torch.testing.assert_close(sums, (wq.double().sum(1) * w_scale.double()).float())
+    y = linear_int8(q, scale, wq, w_scale, offset=offset, column_sum=sums)
     step_x, step_w = scale[:, None] / 2, w_scale / 2
     bound = x.abs().sum(1)[:, None] * step_w + w.abs().sum(1) * step_x + 96 * step_x * step_w
     error = (y - x @ w.t()).abs()
@@ -98,7 +106,9 @@ def test_a_linear_through_int8_is_off_by_half_a_step_at_most(target: Target) -> 
 
 def test_compiles_into_one_graph() -> None:
     def run(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return linear_int8(*quantize_rows(x), w, s, activation="gelu")
+        q, scale, offset = quantize_rows(x)
+        sums = column_sums(w, s)
+        return linear_int8(q, scale, w, s, offset=offset, column_sum=sums, activation="gelu")
 
     x, w, s = torch.randn(9, 32), random_int8(16, 32), torch.rand(16) * 1e-3
     with use_backend("reference"):
@@ -119,6 +129,10 @@ def test_compiles_into_one_graph() -> None:
         ("scale", {"scale": torch.ones(3, dtype=torch.bfloat16)}),
         ("weight_scale", {"weight_scale": torch.ones(4)}),
         ("bias", {"bias": torch.ones(5, dtype=torch.float64)}),
+        ("column_sum", {"offset": torch.ones(3)}),
+        ("offset", {"column_sum": torch.ones(5)}),
+        ("offset", {"offset": torch.ones(5), "column_sum": torch.ones(5)}),
+        ("column_sum", {"offset": torch.ones(3), "column_sum": torch.ones(3)}),
         ("activation", {"activation": "relu"}),
         ("dtype", {"dtype": torch.int32}),
     ],

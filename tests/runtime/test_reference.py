@@ -25,12 +25,14 @@ def test_erf() -> None:
 
 
 def test_rows_are_quantised_by_the_definition() -> None:
-    x = np.array([[0.0, 0.0], [127.0, -63.5], [2.0, -1.0]], np.float32)
-    q, scale = quantize_rows(x)
-    assert q.tolist() == [[0, 0], [127, -64], [127, -64]]  # halves go to the even integer
-    assert scale == pytest.approx([0, 1, 2 / 127])
-    q, scale = quantize_rows(x, 0.01)
-    assert q.tolist() == [[0, 0], [127, -127], [127, -100]] and scale == pytest.approx([0.01] * 3)
+    x = np.array([[7.0, 7, 7], [127.0, -127, -63.5], [2.0, -1.0, 0]], np.float32)
+    q, scale, offset = quantize_rows(x)
+    # Halves go to the even integer.
+    assert q.tolist() == [[0, 0, 0], [127, -127, -64], [127, -127, -42]]
+    assert scale == pytest.approx([0, 1, 1.5 / 127]) and offset.tolist() == [7, 0, 0.5]
+    q, scale, offset = quantize_rows(x, 0.01)
+    assert q.tolist() == [[127, 127, 127], [127, -127, -127], [127, -100, 0]]
+    assert scale == pytest.approx([0.01] * 3) and offset.tolist() == [0] * 3
 
 
 def test_the_integer_product_is_exact_at_any_width() -> None:
