@@ -185,12 +185,27 @@ def _int8_facts(result: dict[str, Any]) -> Iterator[list[str]]:
             yield [f"{name}: cosine to fp32 over {count:,} sentences, mean (worst)", text]
 
 
+def accuracy(path: Path) -> str:
+    """Scores of the float model and of every scheme on real tasks, and the bars."""
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+
+    def cell(row: dict[str, Any], scheme: str) -> str:
+        text = ", ".join(f"{score:.5g}" for score in row["scores"][scheme].values())
+        return text if row["holds"].get(scheme, True) else f"{text} (misses the bar)"
+
+    lines = [[scheme, *(cell(row, scheme) for row in rows)] for scheme in rows[0]["scores"]]
+    lines.append(["bar", *(row["bar"] for row in rows)])
+    headings = [f"{row['task']}: {', '.join(row['scores']['float'])}" for row in rows]
+    return f"{table(('all-MiniLM-L6-v2', *headings), lines)}\n\n{_machine(result)}"
+
+
 def sections() -> dict[str, str]:
     made = {"support": support()}
     peers = RESULTS / "cpu_peers.json"
     if peers.exists():
         made["cpu-int8"] = cpu_int8(peers)
-    for name, build in (("model", model), ("ops", ops)):
+    for name, build in (("model", model), ("ops", ops), ("accuracy", accuracy)):
         for where in ("cpu", "cuda"):
             path = RESULTS / f"{name}_{where}.json"
             if path.exists():
