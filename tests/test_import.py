@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastbert
+from fastbert import _native
 
 ROOT = Path(fastbert.__file__).parents[1]
 HEAVY = ("torch", "numpy", "triton", "transformers", "safetensors", "tokenizers", "rich", "typer")
@@ -28,6 +29,7 @@ import json, time
 before = set(sys.modules)
 start = time.process_time()  # of this process alone, however busy the machine
 import fastbert
+from fastbert import _native
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
@@ -77,3 +79,9 @@ def test_unknown_name():
         fastbert.Bort  # noqa: B018
     with pytest.raises(ImportError):
         from fastbert import Bort  # noqa: F401
+
+
+def test_the_kernels_that_were_built_load() -> None:
+    """All native tests are skipped where there is no module: this is what fails if it is broken."""
+    if _native.build_info():
+        assert _native.cpu_reason() is None
