@@ -29,7 +29,6 @@ import json, time
 before = set(sys.modules)
 start = time.process_time()  # of this process alone, however busy the machine
 import fastbert
-from fastbert import _native
 seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """

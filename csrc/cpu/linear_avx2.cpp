@@ -4,15 +4,15 @@
 #if defined(__AVX2__)
 #define FASTBERT_VECTOR_BYTES 32
 #include "linear_bf16.h"
+#include "linear_pairs.h"
 #include "linear_run.h"
-#include "linear_widened.h"
 #endif
 
 namespace fastbert::FASTBERT_ISA {
 
 const LinearTable* linear_table() {
 #if defined(__AVX2__)
-  return LinearUnit<Int8Kernel, BFloat16Kernel>::table("avx2");
+  return LinearUnit<PairsKernel, BFloat16Kernel>::table("avx2");
 #else
   return nullptr;  // compiled without the flags: setup.py leaves out those that a compiler lacks
 #endif

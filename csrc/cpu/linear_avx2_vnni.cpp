@@ -12,7 +12,7 @@ namespace fastbert::FASTBERT_ISA {
 
 const LinearTable* linear_table() {
 #if defined(__AVXVNNI__)
-  return LinearUnit<Int8Kernel, BFloat16Kernel>::table("avx2_vnni");
+  return LinearUnit<VnniKernel, BFloat16Kernel>::table("avx2_vnni");
 #else
   return nullptr;  // compiled without the flags: setup.py leaves out those that a compiler lacks
 #endif

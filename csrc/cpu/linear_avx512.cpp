@@ -4,15 +4,15 @@
 #if defined(__AVX512BW__)
 #define FASTBERT_VECTOR_BYTES 64
 #include "linear_bf16.h"
+#include "linear_pairs.h"
 #include "linear_run.h"
-#include "linear_widened.h"
 #endif
 
 namespace fastbert::FASTBERT_ISA {
 
 const LinearTable* linear_table() {
 #if defined(__AVX512BW__)
-  return LinearUnit<Int8Kernel, BFloat16Kernel>::table("avx512");
+  return LinearUnit<PairsKernel, BFloat16Kernel>::table("avx512");
 #else
   return nullptr;  // compiled without the flags: setup.py leaves out those that a compiler lacks
 #endif

@@ -12,7 +12,7 @@ namespace fastbert::FASTBERT_ISA {
 
 const LinearTable* linear_table() {
 #if defined(__AVX512VNNI__)
-  return LinearUnit<Int8Kernel, BFloat16Kernel>::table("avx512_vnni");
+  return LinearUnit<VnniKernel, BFloat16Kernel>::table("avx512_vnni");
 #else
   return nullptr;  // compiled without the flags: setup.py leaves out those that a compiler lacks
 #endif

@@ -16,7 +16,7 @@ struct BFloat16Kernel {
 
   static int64_t panel_bytes(int64_t in) { return packed_bytes<Weight>(kPanelColumns, in); }
   static void pack_piece(const Weight* w, int64_t in, int64_t columns, void* piece) {
-    pack_words<kPanelColumns>(w, in, columns, piece);
+    pack_words<kPanelColumns>(w, in, columns, kColumnBlock, piece);
   }
 
   struct Rows {

@@ -27,17 +27,18 @@ FASTBERT_INLINE int64_t packed_bytes(int64_t columns, int64_t in) {
   return columns * word_count<Weight>(in) * 4;
 }
 
-/// w (columns × in), columns at most 64, as a piece in panels of P.
+/// w (columns × in) as panels of P for `most` columns, of which the last ones may be missing.
 template <int64_t P, class Weight>
-void pack_words(const Weight* w, int64_t in, int64_t columns, void* piece) {
+void pack_words(const Weight* w, int64_t in, int64_t columns, int64_t most, void* packed) {
+  if (in == 0) return;
   const int64_t words = word_count<Weight>(in);
   // Words only pass through float vectors: no instruction on the way looks at their value.
-  float* padded = thread_scratch<float>(Scratch::kLinear, kColumnBlock * words);
-  __builtin_memset(padded, 0, packed_bytes<Weight>(kColumnBlock, in));
+  float* padded = thread_scratch<float>(Scratch::kLinear, most * words);
+  __builtin_memset(padded, 0, packed_bytes<Weight>(most, in));
   for (int64_t column = 0; column < columns; ++column) {
     __builtin_memcpy(padded + column * words, w + column * in, in * sizeof(Weight));
   }
-  pack_transposed<float, P>(padded, words, kColumnBlock, words, static_cast<float*>(piece));
+  pack_transposed<float, P>(padded, words, most, words, static_cast<float*>(packed));
 }
 
 /// Brings the next piece into L2 while the tiles of this one are computed, a slice a tile. (From

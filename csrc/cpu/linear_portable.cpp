@@ -9,7 +9,7 @@
 namespace fastbert::FASTBERT_ISA {
 
 const LinearTable* linear_table() {
-  return LinearUnit<Int8Kernel, BFloat16Kernel>::table("portable");
+  return LinearUnit<WidenedKernel, BFloat16Kernel>::table("portable");
 }
 
 }  // namespace fastbert::FASTBERT_ISA

@@ -78,7 +78,6 @@ int64_t piece_bytes(int64_t in) {
 template <class Kernel>
 void pack_kernel(const void* w, int64_t in, int64_t out, void* packed) {
   using Weight = typename Kernel::Weight;
-  if (in == 0) return;
   for (int64_t column = 0; column < out; column += kColumnBlock) {
     Kernel::pack_piece(
         static_cast<const Weight*>(w) + column * in, in, std::min(kColumnBlock, out - column),

@@ -24,7 +24,7 @@ FASTBERT_INLINE IntVec<float> dot4(IntVec<float> sum, IntVec<float> u, IntVec<fl
 #endif
 }
 
-struct Int8Kernel {
+struct VnniKernel {
   using Weight = int8_t;
   using Sum = int32_t;
   static constexpr int kVectors = kPanelVectors;
@@ -35,7 +35,7 @@ struct Int8Kernel {
 
   static int64_t panel_bytes(int64_t in) { return packed_bytes<Weight>(kPanelColumns, in); }
   static void pack_piece(const int8_t* w, int64_t in, int64_t columns, void* piece) {
-    pack_words<kPanelColumns>(w, in, columns, piece);
+    pack_words<kPanelColumns>(w, in, columns, kColumnBlock, piece);
     uint8_t* bytes = static_cast<uint8_t*>(piece);
     const int64_t count = packed_bytes<Weight>(kColumnBlock, in);
     for (int64_t i = 0; i < count; ++i) bytes[i] ^= 0x80;
@@ -63,7 +63,7 @@ struct Int8Kernel {
 
   static void tile(const Rows& rows, int64_t first, int64_t count, const void* panel, Ahead& ahead,
                    int32_t (*sums)[kPanelColumns]) {
-    tile_of<Int8Kernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
+    tile_of<VnniKernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
   }
 
   template <int kRows>

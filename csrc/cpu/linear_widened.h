@@ -38,7 +38,7 @@ FASTBERT_INLINE IntVec<float> dot2(IntVec<float> sum, Int16Vec a, Int16Vec b) {
 #endif
 }
 
-struct Int8Kernel {
+struct WidenedKernel {
   using Weight = int8_t;
   using Sum = int32_t;
   static constexpr int kVectors = kPanelVectors;
@@ -49,7 +49,7 @@ struct Int8Kernel {
 
   static int64_t panel_bytes(int64_t in) { return packed_bytes<Weight>(kPanelColumns, in); }
   static void pack_piece(const int8_t* w, int64_t in, int64_t columns, void* piece) {
-    pack_words<kPanelColumns>(w, in, columns, piece);
+    pack_words<kPanelColumns>(w, in, columns, kColumnBlock, piece);
   }
 
   /// Each row widened: its pairs of even k, then its pairs of odd k, `stride` bytes each.
@@ -72,7 +72,7 @@ struct Int8Kernel {
 
   static void tile(const Rows& rows, int64_t first, int64_t count, const void* panel, Ahead& ahead,
                    int32_t (*sums)[kPanelColumns]) {
-    tile_of<Int8Kernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
+    tile_of<WidenedKernel>(count)(rows, first, static_cast<const int32_t*>(panel), ahead, sums[0]);
   }
 
   template <int kRows>

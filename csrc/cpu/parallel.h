@@ -83,7 +83,8 @@ enum class Scratch : int {
   kGradRow,   // its gradient,
   kMask,      // its dropout mask,
   kAttention,
-  kLinear,  // a block of rows in the form that the kernel reads; the columns being packed
+  kLinear,    // a block of rows in the form that the kernel reads; the columns being packed
+  kUnsigned,  // a block of int8 rows moved by 128
   kCount
 };
 void* thread_scratch(Scratch slot, size_t bytes);

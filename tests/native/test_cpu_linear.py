@@ -99,6 +99,22 @@ def test_int8_sums_of_extremes_are_exact(isa: str, k: int) -> None:
     np.testing.assert_array_equal(run(int8_linear(w), rows.astype(Float)), expected.astype(Float))
 
 
+@pytest.mark.parametrize("sigma", [10, 28, 36, 60])
+@pytest.mark.parametrize("shape", [(769, 130), (64, 64), (3, 17)], ids=str)
+def test_int8_sums_of_bell_shaped_weights_are_exact(
+    isa: str, sigma: int, shape: tuple[int, int]
+) -> None:
+    """What linear_pairs.h expects: few pairs of weights could saturate, some, or most."""
+    k, n = shape
+    w = rng(k, sigma).standard_normal((n, k)) * sigma
+    w = np.rint(w).clip(-127, 127).astype(np.int8)
+    w[: n // 2, k // 2 :][:, :2] = 127
+    random = rng(sigma).integers(-127, 128, (7, k))
+    x = np.concatenate([random, np.full((1, k), 127), np.full((1, k), -127), 127 * np.sign(w[:3])])
+    expected = x.astype(np.int64) @ w.T.astype(np.int64)
+    np.testing.assert_array_equal(run(int8_linear(w), x.astype(Float)), expected.astype(Float))
+
+
 @pytest.mark.parametrize("fixed", [None, 0.02])
 def test_int8_with_scales_and_bias(isa: str, fixed: float | None) -> None:
     random = rng(1)
