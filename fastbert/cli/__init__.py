@@ -9,6 +9,7 @@ import typer
 from fastbert.cli.demo import demo
 from fastbert.cli.doctor import doctor
 from fastbert.cli.encode import encode
+from fastbert.cli.prepare import prepare
 from fastbert.cli.quantize import quantize
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(quantize)
 app.command()(encode)
+app.command()(prepare)
 
 
 @app.callback()
@@ -32,6 +34,6 @@ def main() -> None:
     """Run the command line; bad input is one clear line on stderr and exit code 2."""
     try:
         app()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"fastbert: {error}", file=sys.stderr)
         sys.exit(2)
