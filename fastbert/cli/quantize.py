@@ -21,6 +21,9 @@ def quantize(
     calibrate: Annotated[
         str, typer.Option(help="Static scales by max, percentile, entropy or mse.")
     ] = "mse",
+    smooth_quant: Annotated[
+        float, typer.Option(help="SmoothQuant's alpha, 0 to 1: how much moves into the weights.")
+    ] = 0.5,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(help="Layer or Linear to keep in bf16: layers.3, layers.3.down, down."),
@@ -42,8 +45,9 @@ def quantize(
         source = load_float(model)
         status.update("quantising")
         result = run(
-            source, scheme, calibration=texts, calibrate=calibrate, keep_float=keep_float or []
-        )
+            source, scheme, calibration=texts, calibrate=calibrate, smooth_quant=smooth_quant,
+            keep_float=keep_float or [],
+        )  # fmt: skip
         status.update("writing")
         result.save_pretrained(out)
     report: dict[str, Any] = {"out": str(out), **result.report.to_dict()}

@@ -1,4 +1,5 @@
-"""The native CPU module built with AddressSanitizer and UBSan, under its own tests (slow tier)."""
+"""The native CPU module built with AddressSanitizer and UBSan, and with ThreadSanitizer, under its
+own tests (slow tier)."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
 }
 
 
@@ -33,21 +35,19 @@ def runtime(name: str) -> str:
     return path
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(copy: Path, sanitizers: str) -> Path:
     """A copy of the sources with a module built for the sanitizers."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
     if not (ROOT / "csrc").exists():
         pytest.skip("the sources are not here")
-    copy = tmp_path_factory.mktemp("sanitized")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     unbuilt = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     for name in ("csrc", "fastbert", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=unbuilt, symlinks=True)
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    build = subprocess.run(
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all"
+    built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=copy,
         env=os.environ
@@ -59,13 +59,23 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
     )
-    assert build.returncode == 0, build.stderr[-4000:]
+    assert built.returncode == 0, built.stderr[-4000:]
     return copy
 
 
-def run_tests(sanitized: Path, *arguments: str) -> None:
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("sanitized"), "address,undefined")
+
+
+@pytest.fixture(scope="module")
+def thread_sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("thread_sanitized"), "thread")
+
+
+def run_tests(sanitized: Path, *arguments: str, library: str = "libasan.so") -> None:
     # libstdc++ beside it: the sanitizer looks __cxa_throw up when it starts.
-    preload = f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}"
+    preload = f"{runtime(library)} {runtime('libstdc++.so.6')}"
     site = os.pathsep.join([str(sanitized), *(p for p in sys.path if p and p != str(ROOT))])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
@@ -87,6 +97,12 @@ def test_the_engine(sanitized: Path) -> None:
 
 def test_the_linears(sanitized: Path) -> None:
     run_tests(sanitized, str(Path(__file__).with_name("test_cpu_linear.py")), "-k", "not emulated")
+
+
+def test_the_threads(thread_sanitized: Path) -> None:
+    """Of the engine alone, in as many threads as the tests ask for, and of several callers."""
+    tests = Path(__file__).with_name("test_cpu_engine.py")
+    run_tests(thread_sanitized, str(tests), "-k", "thread and not fork", library="libtsan.so")
 
 
 def test_the_module_under_test_is_the_sanitized_one(sanitized: Path) -> None:
