@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from optimizers import optimizer_step
 
 from fastbert import ops
 from fastbert.packed import PackedBatch
@@ -370,6 +371,10 @@ def _int8(tokens: int, fused: bool) -> Callable[[str, torch.dtype], Problem]:
     return make
 
 
+def _optimizer(kind: str) -> Callable[[str, torch.dtype], Problem]:
+    return lambda where, dtype: Problem(*optimizer_step(kind, where, dtype))
+
+
 def cases(where: str) -> Iterator[Case]:
     """Every case that suits the device: a CPU's few thousand tokens, a GPU's tens of thousands."""
     tokens = 65536 if where == "cuda" else 2048
@@ -391,3 +396,5 @@ def cases(where: str) -> Iterator[Case]:
     if where == "cuda":
         yield Case("quantize_rows", f"base-{tokens}", _int8(tokens, fused=False))
         yield Case("linear_int8", f"base-{tokens}-up-gelu", _int8(tokens, fused=True))
+    for kind in ("adamw", "adamw-clip", "lamb"):
+        yield Case("optimizer", f"base-{kind}", _optimizer(kind))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from fastbert.ops import use_backend
     from fastbert.packed import PackedBatch
+    from fastbert.train.graphs import graphs
 
     __version__: str
 
@@ -41,6 +42,7 @@ _HOMES = {
     "load": "fastbert.compress",
     "use_backend": "fastbert.ops",
     "PackedBatch": "fastbert.packed",
+    "graphs": "fastbert.train",
     "BertConfig": "fastbert.config",
     "BertModel": "fastbert.models",
     "BertForPreTraining": "fastbert.models",
@@ -66,6 +68,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "graphs",
     "load",
     "quantize",
     "restore",

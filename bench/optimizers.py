@@ -1,0 +1,99 @@
+"""One step of an optimiser over BERT-base's parameters, beside its peers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastbert.train import AdamW, Lamb
+
+Run = Callable[[], Any]
+Tensor = torch.Tensor
+
+LR, EPS, DECAY = 1e-4, 1e-6, 0.01
+
+
+def base_shapes() -> list[tuple[int, ...]]:
+    """Of the 110 M parameters of BertForPreTraining, base."""
+    hidden, up = 768, 3072
+    layer = [*[(hidden, hidden), (hidden,)] * 4, (up, hidden), (up,), (hidden, up)]
+    layer += [(hidden,)] * 5
+    embeddings = [(30522, hidden), (512, hidden), (2, hidden), (hidden,), (hidden,)]
+    heads = [*[(hidden, hidden), (hidden,)] * 2, (hidden,), (hidden,), (30522,), (2, hidden), (2,)]
+    return [*embeddings, *layer * 12, *heads]
+
+
+def _first_step(p: Tensor, g: Tensor, lamb: bool) -> Tensor:
+    """The parameter after the first step from zero state, in the dtype of its arguments."""
+    u = g / (g.square().sqrt() + EPS) + DECAY * p  # the corrections undo 1 - beta
+    return p - LR * (p.norm() / u.norm() if lamb else 1.0) * u
+
+
+def optimizer_step(
+    kind: str, where: str, dtype: torch.dtype
+) -> tuple[Run, dict[str, Run], int, int, Callable[[], float]]:
+    """What a Problem is made of: our call, the peers' calls, bytes, flops, the error's ratio.
+
+    kind: "adamw", "adamw-clip" (gradients clipped to norm 1, the step included) or "lamb".
+    dtype: of parameters and gradients; 16-bit ones have an fp32 master here, and moments in 16 bits
+    at torch, which moves half as much for less.
+    """
+    ours_of, lamb = (Lamb if kind == "lamb" else AdamW), kind == "lamb"
+    clip = 1.0 if kind == "adamw-clip" else None
+    shapes = base_shapes()
+    grads = [(1e-3 * torch.randn(s, device=where)).to(dtype) for s in shapes]
+
+    def parameters() -> list[torch.nn.Parameter]:
+        made = [torch.nn.Parameter((0.02 * torch.randn(s, device=where)).to(dtype)) for s in shapes]
+        for p, g in zip(made, grads, strict=True):
+            p.grad = g
+        return made
+
+    def peer(make: Callable[[Any], Any]) -> Run:
+        params = parameters()
+        optimizer = make(params)
+
+        def step() -> None:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(params, clip)
+            optimizer.step()
+
+        return step
+
+    peers = {}
+    if lamb:
+        # No LAMB in torch: its AdamW moves less, and is the floor.
+        peers["torch AdamW fused"] = peer(lambda p: torch.optim.AdamW(p, LR, fused=True))
+    else:
+        for name in ("fused", "foreach"):
+            made = peer(lambda p, name=name: torch.optim.AdamW(p, LR, **{name: True}))
+            peers[f"torch {name}"] = made
+    try:
+        apex = importlib.import_module("apex.optimizers")
+        apex_of = apex.FusedLAMB if lamb else apex.FusedAdam
+        peers["apex"] = peer(lambda p: apex_of(p, LR, eps=EPS, weight_decay=DECAY))
+    except (ImportError, RuntimeError):  # not installed, or without its extensions
+        pass
+
+    ours = ours_of(parameters(), LR, eps=EPS, weight_decay=DECAY, max_grad_norm=clip)
+
+    def check() -> float:
+        torch.manual_seed(0)
+        p, g = (torch.randn(768, 768, device=where).to(dtype) for _ in range(2))
+        mine = torch.nn.Parameter(p.clone())
+        mine.grad = g.clone()
+        ours_of([mine], LR, eps=EPS, weight_decay=DECAY).step()
+        exact = _first_step(p.double(), g.double(), lamb)
+        error, torchs = (
+            float((x.double() - exact).abs().max())
+            for x in (mine.detach(), _first_step(p, g, lamb))
+        )
+        return error / (2 * torchs + 1e-6)
+
+    elements = sum(g.numel() for g in grads)
+    # p, m, v read and written in fp32, g read, a 16-bit copy written; LAMB reads p, m, v once more.
+    size = 24 + grads[0].element_size() + (2 if dtype != torch.float32 else 0) + 12 * lamb
+    return ours.step, peers, elements * size, 0, check
