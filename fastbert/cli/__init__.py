@@ -10,6 +10,7 @@ from fastbert.cli.demo import demo
 from fastbert.cli.doctor import doctor
 from fastbert.cli.encode import encode
 from fastbert.cli.prepare import prepare
+from fastbert.cli.pretrain import pretrain
 from fastbert.cli.quantize import quantize
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command()(demo)
 app.command()(quantize)
 app.command()(encode)
 app.command()(prepare)
+app.command()(pretrain)
 
 
 @app.callback()

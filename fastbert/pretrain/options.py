@@ -1,0 +1,237 @@
+"""Options: all that says how a model is pretrained, as plain data, to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastbert.config import BertConfig
+from fastbert.data import Corpus
+from fastbert.pretrain.data import SOURCES, PretrainingData, open_source
+from fastbert.pretrain.masking import Masking
+from fastbert.pretrain.objectives import Masks, Objective, parse
+from fastbert.pretrain.segment_pairs import SegmentPairs
+from fastbert.pretrain.sources import Segments
+from fastbert.train import SCHEDULES
+
+OPTIMIZERS = ("adamw", "lamb")
+_SHORT = (SegmentPairs.name, Segments.name)  # the sources that may make short sequences
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with sequences of one length.
+
+    length: of the sequences, at most, in tokens.  batch: sequences of that length in an update.
+    max_predictions: of the masking in this phase.
+    learning_rate, warmup_steps: where this phase warms up anew, to a peak of its own; None goes on
+        with the run's schedule.
+    """
+
+    length: int
+    steps: int
+    batch: int
+    max_predictions: int | None = None
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 8), ("steps", 1), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {least} or more")
+
+    @property
+    def batch_tokens(self) -> int:
+        """What ``TokenBatches`` takes as ``max_tokens`` for as many tokens in an update."""
+        return self.length * self.batch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about a run but its corpus, folder, seed and machine. The defaults are BERT's.
+
+    objective, objective_options, masking: see ``fastbert.pretrain.objectives.parse`` and Masking.
+    source, short, duplicates: see ``fastbert.pretrain.data.open_source``; short is for those
+        sources that have it.  static: see PretrainingData.
+    size: a preset of BertConfig (tiny, mini, small, medium, base, large), or a config.json.
+    dropout: everywhere, in pretraining.
+    phases: one after the other.
+    stack: numbers of layers that the run grows through, such as (3, 6, 12): see ``stack``.
+    optimizer: ``adamw`` or ``lamb``; learning_rate, betas, eps, weight_decay, bias_correction and
+        max_grad_norm (None: no clipping) are its arguments, see fastbert.train.
+    warmup_steps, schedule: see fastbert.train.SCHEDULES.
+    ramp_start, ramp_steps: the batch grows from ``ramp_start`` sequences to the phase's over so
+        many steps; None for no ramp.
+    Raises ValueError for what does not fit together.
+    """
+
+    objective: str = "mlm+nsp"
+    objective_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    masking: Masking = Masking()
+    source: str = "pairs"
+    short: float = 0.1
+    duplicates: int = 1
+    static: bool = False
+    size: str = "base"
+    dropout: float = 0.1
+    phases: tuple[Phase, ...] = (
+        Phase(128, 900_000, 256, max_predictions=20),
+        Phase(512, 100_000, 256, max_predictions=80),
+    )
+    stack: tuple[int, ...] = ()
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    bias_correction: bool = False
+    max_grad_norm: float | None = 1.0
+    warmup_steps: int = 10_000
+    schedule: str = "linear"
+    ramp_start: int | None = None
+    ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("phases", tuple), ("stack", tuple), ("betas", tuple)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        for name, value, known in (
+            ("source", self.source, SOURCES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
+        if not self.phases:
+            raise ValueError("phases: got none, expected one or more")
+        if any(deep != 2 * flat for flat, deep in zip(self.stack, self.stack[1:], strict=False)):
+            raise ValueError(f"stack: got {self.stack}, expected each to be twice the one before")
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise ValueError(
+                f"warmup_steps: got {self.warmup_steps}, expected 0 .. {self.total_steps}, the "
+                "steps of all phases"
+            )
+        self.objectives()
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def objectives(self, phase: Phase | None = None) -> tuple[Objective, ...]:
+        """Those of a phase; all phases have the same heads."""
+        masking = self.masking
+        if phase is not None and phase.max_predictions is not None:
+            masking = dataclasses.replace(masking, max_predictions=phase.max_predictions)
+        return parse(self.objective, masking, self.objective_options)
+
+    def config(self, vocab_size: int) -> BertConfig:
+        """The model's, for a corpus's vocabulary."""
+        longest = max(phase.length for phase in self.phases)
+        changes: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout,
+        }
+        if Path(self.size).suffix == ".json":
+            config = BertConfig.from_json(self.size).replace(**changes)
+        else:
+            config = BertConfig.preset(
+                self.size, max_position_embeddings=max(512, longest), **changes
+            )
+        if longest > config.max_position_embeddings:
+            raise ValueError(
+                f"phases: got a length of {longest}, expected at most {self.size}'s "
+                f"max_position_embeddings, {config.max_position_embeddings}"
+            )
+        return config
+
+    def data(self, corpus: Corpus, phase: Phase, *, seed: int) -> PretrainingData:
+        """The prepared examples of a phase."""
+        objectives = self.objectives(phase)
+        options = {"short": self.short} if self.source in _SHORT else {}
+        source = open_source(
+            self.source,
+            corpus,
+            phase.length,
+            objectives,
+            seed=seed,
+            duplicates=self.duplicates,
+            **options,
+        )
+        return PretrainingData(source, objectives, seed=seed, static=self.static)
+
+    def changed(self, **changes: Any) -> Options:
+        """With some fields changed, those of ``masking`` by their own names: ``rate=.4``.
+
+        Raises ValueError for unknown names, and for a change of the masking where nothing masks.
+        """
+        own, masking = _names(Options), _names(Masking)
+        if unknown := changes.keys() - own - masking:
+            known = ", ".join(sorted(own | masking))
+            raise ValueError(f"options: got {', '.join(sorted(unknown))}, expected some of {known}")
+        inner = {name: changes.pop(name) for name in tuple(changes) if name in masking}
+        options = dataclasses.replace(self, **changes)
+        if not inner:
+            return options
+        if not any(isinstance(objective, Masks) for objective in options.objectives()):
+            raise ValueError(
+                f"{', '.join(inner)}: {options.objective} masks nothing; its own options are "
+                "objective_options"
+            )
+        return dataclasses.replace(options, masking=dataclasses.replace(options.masking, **inner))
+
+    def scaled(self, steps: int) -> Options:
+        """The same run in another number of steps: phases, warm-ups and ramp in proportion."""
+        total = self.total_steps
+        if steps < len(self.phases):
+            raise ValueError(f"steps: got {steps}, expected {len(self.phases)} or more, a phase")
+
+        def scale(count: int) -> int:
+            return count * steps // total
+
+        phases, done, before = [], 0, 0
+        for number, phase in enumerate(self.phases):
+            before += phase.steps
+            left = len(self.phases) - number - 1  # each of these needs a step too
+            end = min(max(before * steps // total, done + 1), steps - left)
+            warmup = None if phase.warmup_steps is None else scale(phase.warmup_steps)
+            phases.append(dataclasses.replace(phase, steps=end - done, warmup_steps=warmup))
+            done = end
+        return dataclasses.replace(
+            self,
+            phases=tuple(phases),
+            warmup_steps=scale(self.warmup_steps),
+            ramp_steps=scale(self.ramp_steps),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        """Raises ValueError for text that is no object of options."""
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError(f"got a {type(values).__name__}, expected an object")
+            if "phases" in values:
+                values["phases"] = tuple(_made(Phase, phase) for phase in values["phases"])
+            if "masking" in values:
+                values["masking"] = _made(Masking, values["masking"])
+            return _made(cls, values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"options: {error}") from error
+
+
+def _names(kind: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)}
+
+
+def _made(kind: Any, values: Mapping[str, Any]) -> Any:
+    if unknown := values.keys() - _names(kind):
+        known = ", ".join(sorted(_names(kind)))
+        raise ValueError(f"got {', '.join(sorted(unknown))}, expected some of {known}")
+    return kind(**values)

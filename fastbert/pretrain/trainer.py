@@ -1,0 +1,403 @@
+"""Trainer: the loop of a pretraining run, from its first step or from where it was stopped.
+
+A run's folder holds
+
+    run.json           everything that the run was started with
+    log.jsonl          a line for each step that was looked at, and for each evaluation
+    checkpoints/       see ``fastbert.train.checkpoint``; never a pickle
+    model/             in the end: a Hugging Face folder with a model card
+
+Devices, mixed precision and several processes are those of Hugging Face accelerate: the same code
+runs under ``accelerate launch`` and ``torchrun``. Ranks never see the same example.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from fastbert.atomic import replacing
+from fastbert.data import Corpus, TokenBatches
+from fastbert.pretrain.collate import PretrainingBatch, collate
+from fastbert.pretrain.data import PretrainingData
+from fastbert.pretrain.model import PretrainingModel
+from fastbert.pretrain.options import Options
+from fastbert.pretrain.setting import NotFinite, Progress, Setting
+from fastbert.pretrain.stacking import stack
+from fastbert.train import SCHEDULES, AdamW, Lamb, checkpoint, param_groups
+from fastbert.train.rng import seed_all
+
+Tensor = torch.Tensor
+
+OPTIMIZERS = {"adamw": AdamW, "lamb": Lamb}
+LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
+
+# Where a run with ``stack`` grows, as parts of the whole: Gong et al. (ICML 2019, section 4) give
+# 3, 6 and 12 layers 50, 70 and 280 thousand steps.
+_GROWTH = {0: (), 1: (), 2: (0.3,), 3: (0.125, 0.3)}
+
+
+class Trainer:
+    """Trains a model of ``options`` on ``corpus``.
+
+    folder: of the run, which exists.  accelerator: of Hugging Face accelerate.
+    init: a Hugging Face folder that the encoder begins as; None begins at random.
+    """
+
+    def __init__(
+        self,
+        corpus: str | Path,
+        options: Options,
+        setting: Setting,
+        folder: Path,
+        accelerator: Any,
+        init: Path | None = None,
+    ) -> None:
+        self.options = options if setting.steps is None else options.scaled(setting.steps)
+        self.setting, self.folder, self.accelerator = setting, folder, accelerator
+        self.progress = Progress()
+        self.corpus = Corpus(corpus)
+        held_out = Corpus(corpus, "valid")
+        self.held_out = held_out if held_out.num_documents else None
+        seed_all(setting.seed)
+        self._enter(0)
+        self._build(self._depth(), init)
+
+    def _enter(self, phase: int) -> None:
+        """Begin the data of a phase."""
+        self.phase = phase
+        setting, chosen = self.setting, self.options.phases[phase]
+        self.data = self.options.data(self.corpus, chosen, seed=setting.seed)
+        self.batches = TokenBatches(
+            self.data.lengths,
+            max(setting.batch_tokens, chosen.length),
+            seed=setting.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self._validation: PretrainingData | None = None
+
+    def _build(self, layers: int, init: Path | None = None) -> None:
+        objectives = self.options.objectives()
+        config = self.options.config(self.corpus.vocab_size).replace(num_hidden_layers=layers)
+        if init is None:
+            model = PretrainingModel(config, objectives)
+        else:
+            model = PretrainingModel.from_pretrained(
+                init, objectives, hidden_dropout_prob=self.options.dropout,
+                attention_probs_dropout_prob=self.options.dropout,
+            )  # fmt: skip
+            if model.config.vocab_size != self.corpus.vocab_size:
+                raise ValueError(
+                    f"init: {init} has a vocabulary of {model.config.vocab_size}, the corpus one "
+                    f"of {self.corpus.vocab_size}; prepare the corpus with --tokenizer {init}"
+                )
+        self._take(model)
+
+    def _take(self, model: PretrainingModel) -> None:
+        self.model = model.to(self.accelerator.device).train()
+        o = self.options
+        self.optimizer = OPTIMIZERS[o.optimizer](
+            param_groups(self.model, o.weight_decay), o.learning_rate, o.betas, o.eps,
+            o.weight_decay, o.bias_correction, o.max_grad_norm,
+        )  # fmt: skip
+        self.wrapped = self.accelerator.prepare_model(self.model)
+
+    # --- where the run is ---------------------------------------------------------------------
+
+    @property
+    def part_done(self) -> float:
+        """0 at the beginning of the run, 1 at its end."""
+        if self.setting.steps is not None:
+            return self.progress.step / self.setting.steps
+        assert self.setting.minutes is not None
+        return min(1.0, self.progress.seconds / (60 * self.setting.minutes))
+
+    @property
+    def place(self) -> float:
+        """Where the run is in the steps of ``options``."""
+        if self.setting.steps is not None:
+            return float(self.progress.step)
+        return self.part_done * self.options.total_steps
+
+    def _phase_and_step(self) -> tuple[int, float]:
+        """The phase, and the step in it."""
+        step, last = self.place, len(self.options.phases) - 1
+        for number, phase in enumerate(self.options.phases):
+            if step < phase.steps or number == last:
+                return number, step
+            step -= phase.steps
+        raise AssertionError("there is a phase")
+
+    def _depth(self) -> int:
+        """Layers that the model is to have now."""
+        stack = self.options.stack
+        if not stack:
+            return self.options.config(self.corpus.vocab_size).num_hidden_layers
+        return stack[sum(self.part_done >= begin for begin in _GROWTH[len(stack)])]
+
+    def _learning_rate(self) -> float:
+        """After warm-up and decay; a phase may have its own (its steps are then its whole)."""
+        o = self.options
+        number, step = self._phase_and_step()
+        phase, schedule = o.phases[number], SCHEDULES[o.schedule]
+        # The first update is made at the rate of step 1: at 0 it would be lost.
+        if phase.learning_rate is not None or phase.warmup_steps is not None:
+            rate = o.learning_rate if phase.learning_rate is None else phase.learning_rate
+            return rate * schedule(step + 1, phase.warmup_steps or 0, phase.steps + 1)
+        return o.learning_rate * schedule(self.place + 1, o.warmup_steps, o.total_steps + 1)
+
+    def _parts(self) -> int:
+        """How many batches make the next update."""
+        o, (number, _) = self.options, self._phase_and_step()
+        sequences: float = o.phases[number].batch
+        if o.ramp_start is not None and o.ramp_steps:
+            grown = min(1.0, self.place / o.ramp_steps)
+            sequences = o.ramp_start + grown * (sequences - o.ramp_start)
+        tokens = sequences * o.phases[number].length / self.accelerator.num_processes
+        return max(1, round(tokens / self.batches.max_tokens))
+
+    # --- going on -----------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Go where the last whole checkpoint of the folder was taken; False where there is none."""
+        found = checkpoint.latest(self.folder / CHECKPOINTS)
+        if found is None:
+            self._cut_log(0)
+            return False
+        extra = json.loads((found / "state.json").read_bytes())["extra"]
+        if extra["layers"] != self.model.config.num_hidden_layers:
+            self._build(extra["layers"])
+        self._enter(extra["phase"])
+        loaded = checkpoint.load(
+            found, model=self.model, optimizer=self.optimizer, sampler=self.batches
+        )
+        self.progress = Progress(loaded.step, extra["seconds"], extra["tokens"])
+        self._cut_log(loaded.step)
+        return True
+
+    def save(self) -> Path:
+        return checkpoint.save(
+            self.folder / CHECKPOINTS,
+            self.progress.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            sampler=self.batches,
+            extra={
+                "seconds": self.progress.seconds,
+                "tokens": self.progress.tokens,
+                "phase": self.phase,
+                "layers": self.model.config.num_hidden_layers,
+            },
+            keep=self.setting.keep,
+        )
+
+    def _cut_log(self, step: int) -> None:
+        """Forget what was noted after ``step``: it is going to be done again."""
+        path = self.folder / LOG
+        if self.accelerator.is_main_process and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            with replacing(path) as (temporary,):
+                temporary.write_text("".join(kept), encoding="utf-8")
+
+    def _noted(self, **values: Any) -> dict[str, Any]:
+        progress = self.progress
+        values |= {"seconds": round(progress.seconds, 3), "tokens": progress.tokens}
+        found = {"step": progress.step, **values}
+        if self.accelerator.is_main_process:
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+        return found
+
+    # --- training -----------------------------------------------------------------------------
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Train to the end. What is yielded is in the log too: "loss" and the like every
+        ``log_every`` steps, "validation" every ``evaluate_every`` and in the end.
+
+        Raises NotFinite.
+        """
+        setting, batches = self.setting, self._batches()
+        while self.part_done < 1.0:
+            began = time.perf_counter()
+            if self._phase_and_step()[0] != self.phase:
+                self._enter(self._phase_and_step()[0])
+                batches = self._batches()
+            if self._depth() != self.model.config.num_hidden_layers:
+                self.grow()
+            loss, terms = self.update([next(batches) for _ in range(self._parts())])
+            step, end = self.progress.step, False
+            # On a GPU nobody waits for the loss of every step.
+            look = step % setting.log_every == 0
+            if look or loss.device.type == "cpu":
+                self._check(loss)
+            self.progress.seconds += time.perf_counter() - began
+            end = self.part_done >= 1.0
+            if look or end:
+                self._check(loss)
+                seen = {"loss": loss.item(), **{k: x.item() for k, x in terms.items()}}
+                yield self._noted(kind="train", lr=self._learning_rate(), **seen)
+            if self.held_out is not None and (step % setting.evaluate_every == 0 or end):
+                yield self._noted(kind="validation", **self.evaluate())
+            if step % setting.save_every == 0 or end:
+                self.save()
+
+    def _check(self, loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise NotFinite(
+                f"step {self.progress.step}: the loss is {loss.item()}; the last checkpoint in "
+                f"{self.folder / CHECKPOINTS} is whole: go on from it with a lower learning rate"
+            )
+
+    def update(self, parts: list[PretrainingBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step on the accumulated batches: (its loss, the mean losses of the summands)."""
+        lr = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * group["lr_scale"])
+            else:
+                group["lr"] = lr * group["lr_scale"]
+        self.model.train()
+        # DDP takes the mean of the ranks' gradients, where the sum over all targets is wanted.
+        divisors = {k: n / self.accelerator.num_processes for k, n in self._counts(parts).items()}
+        losses: list[Tensor] = []
+        totals: dict[str, list[Tensor]] = {}
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    output = self.wrapped(part.to(self.accelerator.device), divisors=divisors)
+                self.accelerator.backward(output.loss)
+            losses.append(output.loss.detach())
+            for name, term in output.terms.items():
+                totals.setdefault(name, []).append(term.total.detach() / max(1, divisors[name]))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in parts:
+            self.batches.advance()
+        self.progress.step += 1
+        self.progress.tokens += self._summed([sum(part.inputs.num_tokens for part in parts)])[0]
+        loss = self._mean(torch.stack(losses).sum())
+        return loss, {name: self._mean(torch.stack(x).sum()) for name, x in totals.items()}
+
+    def grow(self) -> None:
+        """Go on with twice the layers (``fastbert.pretrain.stacking``), moments and all."""
+        names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
+        moments = {names[p]: state for p, state in self.optimizer.state.items()}
+        values = _stacked(self.model.state_dict())
+        layers = 2 * self.model.config.num_hidden_layers
+        with torch.random.fork_rng(devices=[]):
+            self._build(layers)
+        self.model.load_state_dict(values)
+        stacked = _stacked(moments)
+        for name, parameter in self.model.named_parameters():
+            if name in stacked:
+                self.optimizer.state[parameter] = stacked[name]
+
+    def _batches(self) -> Iterator[PretrainingBatch]:
+        """Those of epoch after epoch of the phase."""
+        while True:
+            yield from self._loader(self.data, self.batches, self.batches.epoch)
+
+    def _loader(self, data: PretrainingData, batches: Any, epoch: int) -> Any:
+        data.set_epoch(epoch)
+        workers = self.setting.workers
+        # A generator of its own: making an iterator draws a number, and a run that goes on from a
+        # checkpoint makes one more than a run that was never stopped.
+        return DataLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(self.setting.seed),
+        )
+
+    # --- several processes --------------------------------------------------------------------
+
+    def _counts(self, parts: list[PretrainingBatch]) -> dict[str, int]:
+        """Targets of each summand, in all the parts of all ranks: known before any is computed."""
+        counts: dict[str, int] = {}
+        for part in parts:
+            for name, count in self.model.counts(part).items():
+                counts[name] = counts.get(name, 0) + count
+        totals = self._summed(list(counts.values()))
+        return dict(zip(counts, map(int, totals), strict=True))
+
+    def _summed(self, values: list[int]) -> list[int]:
+        if self.accelerator.num_processes == 1:
+            return values
+        x = torch.tensor(values, dtype=torch.int64, device=self.accelerator.device)
+        dist.all_reduce(x)
+        return x.tolist()
+
+    def _mean(self, x: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return x
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / self.accelerator.num_processes
+
+    # --- held-out text ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """On the first ``evaluation_tokens`` of the held-out text, masked as in the first epoch:
+        the mean loss of each summand, how many it gets right beside the level of chance, and
+        e to the loss of the masked tokens, their perplexity. Draws no random number."""
+        assert self.held_out is not None
+        if self._validation is None:
+            phase = self.options.phases[self.phase]
+            self._validation = self.options.data(self.held_out, phase, seed=self.setting.seed)
+        self.model.eval()
+        sums: dict[str, list[float]] = {}
+        for batch in self._loader(self._validation, self._validation_batches(), 0):
+            with self.accelerator.autocast():
+                output = self.model(batch.to(self.accelerator.device), measure=True)
+            for name, term in output.terms.items():
+                row = sums.setdefault(name, [0.0] * 4)
+                row[0] += float(term.total)
+                row[1] += output.counts[name]
+                row[2] += 0.0 if term.correct is None else float(term.correct)
+                row[3] += 0.0 if term.chance is None else float(term.chance)
+        found: dict[str, Any] = {}
+        for name, (total, count, correct, chance) in sums.items():
+            count = max(1.0, count)
+            found[name] = {
+                "loss": total / count, "accuracy": correct / count, "chance": chance / count
+            }  # fmt: skip
+            found[name]["perplexity"] = math.exp(min(50.0, total / count))
+        return {"validation": found}
+
+    def _validation_batches(self) -> list[list[int]]:
+        assert self._validation is not None
+        parts: list[list[int]] = [[]]
+        tokens = held = 0
+        for i, length in enumerate(self._validation.lengths.tolist()):
+            if tokens + length > self.setting.evaluation_tokens and tokens:
+                break
+            if held + length > self.batches.max_tokens and parts[-1]:
+                parts.append([])
+                held = 0
+            parts[-1].append(i)
+            tokens, held = tokens + length, held + length
+        return parts
+
+
+def _stacked(named: Mapping[str, Any]) -> dict[str, Any]:
+    """``stack`` of the encoder, and of a generator beside it, which is as deep."""
+    stacked = stack(named)
+    if any(name.startswith("heads.") and ".encoder.layer." in name for name in named):
+        stacked = stack(stacked, within="heads.")
+    return stacked
