@@ -45,7 +45,8 @@ def support() -> str:
         halves = "forward and backward" if "bwd" in op.halves else "yes"
         halves = "forward" if backend in op.forward_only else halves
         limit = op.max_size.get(backend)
-        return halves + (f", size ≤ {limit}" if limit else "")
+        halves += f", size ≤ {limit}" if limit else ""
+        return halves + (", no bias" if backend in op.no_bias else "")
 
     names = {"cpp": "C++ (CPU)", "triton": "Triton", "cuda": "CUDA C++", "reference": "torch"}
     rows = [[f"`{op.name}`", *(cell(op, backend) for backend in names)] for op in OPS.values()]

@@ -57,18 +57,42 @@ class OfflineDriver:
 # --- launches: BERT-base unless the name says otherwise ----------------------------------------
 
 
-def _attention(dtype: Any, head_dim: int, p: float) -> None:
+def _attention_call(
+    dtype: Any, head_dim: int, p: float, bias: bool, longest: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """qkv and the arguments that follow the tensors in both halves."""
     import torch
 
-    from fastbert.kernels import attention
-
-    num_heads = 768 // head_dim
-    qkv = torch.empty(TOKENS, 3, num_heads, head_dim, dtype=dtype)
+    qkv = torch.empty(TOKENS, 3, 768 // head_dim, head_dim, dtype=dtype)
     cu_seqlens = torch.zeros(17, dtype=torch.int32)
     seed = torch.zeros(1, dtype=torch.int64)
-    site = (cu_seqlens, 512, head_dim**-0.5, p, seed, 0)
+    scores = torch.empty(1, TOKENS, 512) if bias else None
+    return qkv, (cu_seqlens, longest, head_dim**-0.5, p, seed, 0, scores)
+
+
+def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False) -> None:
+    from fastbert.kernels import attention
+
+    qkv, site = _attention_call(dtype, head_dim, p, bias, 512)
     out, lse = attention.attention_fwd(qkv, *site)
-    attention.attention_bwd(out, qkv, out, lse, *site)
+    attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
+
+
+def _attention_bwd(dtype: Any, way: str, head_dim: int, p: float, bias: bool = False) -> None:
+    """One of the backwards in one kernel, where it has a tile."""
+    import torch
+
+    from fastbert.kernels import _config, attention
+
+    choose = getattr(_config, f"attention_bwd_{way}")
+    arch = _config.capability(torch.empty(0))
+    tile = choose(head_dim, dtype.itemsize, p > 0.0, arch, bias)
+    if tile is not None:
+        longest = tile.block_m if way == "short" else 512
+        qkv, site = _attention_call(dtype, head_dim, p, bias, longest)
+        out = torch.empty_like(qkv[:, 0])
+        lse = torch.empty(qkv.shape[2], TOKENS)
+        attention.BACKWARDS[way](out, qkv, out, lse, *site)
 
 
 def _bias_gelu(dtype: Any, tanh: bool) -> None:
@@ -145,6 +169,8 @@ def _linear_int8(dtype: Any) -> None:
 CASES: dict[str, Callable[[Any], None]] = {
     "attention": partial(_attention, head_dim=64, p=0.0),
     "attention dropout": partial(_attention, head_dim=64, p=0.1),
+    "attention short": partial(_attention_bwd, way="short", head_dim=64, p=0.0),
+    "attention short dropout": partial(_attention_bwd, way="short", head_dim=64, p=0.1),
     "bias_gelu erf": partial(_bias_gelu, tanh=False),
     "bias_gelu tanh": partial(_bias_gelu, tanh=True),
     "add_layer_norm": partial(_add_layer_norm, width=768, p=0.0),
@@ -159,11 +185,36 @@ CASES: dict[str, Callable[[Any], None]] = {
     "attention D=128": partial(_attention, head_dim=128, p=0.0),
     "attention D=128 dropout": partial(_attention, head_dim=128, p=0.1),
     "attention D=256 dropout": partial(_attention, head_dim=256, p=0.1),
+    "attention short D=32": partial(_attention_bwd, way="short", head_dim=32, p=0.0),
+    "attention short D=32 dropout": partial(_attention_bwd, way="short", head_dim=32, p=0.1),
+    "attention short D=40 dropout": partial(_attention_bwd, way="short", head_dim=40, p=0.1),
+    "attention short D=128": partial(_attention_bwd, way="short", head_dim=128, p=0.0),
+    "attention short D=128 dropout": partial(_attention_bwd, way="short", head_dim=128, p=0.1),
+    "attention bias": partial(_attention, head_dim=64, p=0.0, bias=True),
+    "attention bias dropout": partial(_attention, head_dim=64, p=0.1, bias=True),
+    "attention bias D=32 dropout": partial(_attention, head_dim=32, p=0.1, bias=True),
+    "attention bias D=128 dropout": partial(_attention, head_dim=128, p=0.1, bias=True),
+    "attention bias D=256 dropout": partial(_attention, head_dim=256, p=0.1, bias=True),
+    "attention short bias": partial(_attention_bwd, way="short", head_dim=64, p=0.0, bias=True),
+    "attention short bias dropout": partial(
+        _attention_bwd, way="short", head_dim=64, p=0.1, bias=True
+    ),
+    "attention short bias D=32 dropout": partial(
+        _attention_bwd, way="short", head_dim=32, p=0.1, bias=True
+    ),
+    "attention one pass bias": partial(
+        _attention_bwd, way="one_pass", head_dim=64, p=0.0, bias=True
+    ),
+    "attention one pass bias dropout": partial(
+        _attention_bwd, way="one_pass", head_dim=64, p=0.1, bias=True
+    ),
+    "attention one pass": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.0),
+    "attention one pass dropout": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.1),
     "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),
     "add_layer_norm H=4096 dropout": partial(_add_layer_norm, width=4096, p=0.1),
     "embed_layer_norm H=1024 dropout": partial(_embed_layer_norm, width=1024, p=0.1),
 }
-BASE_CASES = 9  # the first ones
+BASE_CASES = 11  # the first ones
 
 
 # --- measuring ---------------------------------------------------------------------------------

@@ -187,15 +187,134 @@ _ATTENTION_TILES_FP32 = {
 }
 
 
-def attention(head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int]) -> AttentionTiles:
-    """Tiles of the three kernels for a head dimension up to 256."""
+def _matrix_unit(arch: tuple[int, int]) -> str:
+    return {9: "wgmma", 10: "tcgen05"}.get(arch[0], "mma")
+
+
+# The same with a bias, whose tiles take registers and shared memory, on every unit, with dropout or
+# without; by element size.
+_ATTENTION_BIAS_TILES = {
+    2: {
+        32: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        64: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 1)),
+        128: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 1)),
+        256: ((64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 1)),
+    },
+    4: _ATTENTION_TILES_FP32 | {32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1))},
+}
+
+
+def attention(
+    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+) -> AttentionTiles:
+    """Tiles of forward and of the two backward kernels for a head dimension up to 256."""
     padded = max(32, triton.next_power_of_2(head_dim))
-    if itemsize == 4:
+    if bias:
+        tiles = _ATTENTION_BIAS_TILES[itemsize][padded]
+    elif itemsize == 4:
         tiles = _ATTENTION_TILES_FP32[padded]
     else:
-        unit = {9: "wgmma", 10: "tcgen05"}.get(arch[0], "mma")
-        tiles = _ATTENTION_TILES[unit][padded, dropout]
+        tiles = _ATTENTION_TILES[_matrix_unit(arch)][padded, dropout]
     return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+
+
+# Backward of sequences up to block_m in one kernel (_attention_bwd_short), keyed as above.
+_ATTENTION_BWD_SHORT_TILES = {
+    "mma": {
+        (32, False): (128, 64, 8, 2),
+        (32, True): (128, 64, 8, 2),
+        (64, False): (128, 32, 8, 2),
+        (64, True): (128, 32, 8, 1),
+        (128, False): (64, 64, 8, 2),
+        (128, True): (64, 64, 8, 2),
+    },
+    "wgmma": {
+        (32, False): (128, 64, 8, 2),
+        (32, True): (128, 64, 8, 2),
+        (64, False): (128, 64, 8, 2),
+        (64, True): (128, 64, 8, 2),
+        (128, False): (128, 64, 8, 1),
+        (128, True): (64, 64, 8, 2),
+    },
+    "tcgen05": {
+        (32, False): (128, 64, 8, 2),
+        (32, True): (128, 64, 8, 2),
+        (64, False): (128, 64, 8, 2),
+        (64, True): (128, 64, 8, 2),
+        (128, False): (128, 64, 8, 1),
+        (128, True): (128, 64, 8, 1),
+    },
+}
+# Backward in one kernel over several key tiles (_attention_bwd_one_pass) for D = 64, keyed by
+# dropout. No tile fits the registers elsewhere: mma.sync keeps K and V there as operands.
+_ATTENTION_BWD_ONE_PASS_TILES = {
+    "wgmma": {False: (64, 128, 8, 2), True: (32, 128, 8, 2)},
+    "tcgen05": {False: (64, 128, 8, 1), True: (64, 128, 8, 1)},
+}
+
+
+# With a bias, with dropout or without.
+_ATTENTION_BWD_ONE_PASS_BIAS_TILES = {"wgmma": (32, 128, 8, 1), "tcgen05": (64, 128, 8, 1)}
+
+
+def attention_bwd_short(
+    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+) -> AttentionTile | None:
+    """Tile of the backward that serves lengths up to its block_m; None where there is none."""
+    padded, unit = max(32, triton.next_power_of_2(head_dim)), _matrix_unit(arch)
+    tile = _ATTENTION_BWD_SHORT_TILES[unit].get((padded, dropout))
+    if tile is None or itemsize != 2:
+        return None
+    if bias and (padded > 64 or (unit == "mma" and dropout)):  # these spill
+        return None
+    return AttentionTile(*tile)
+
+
+def attention_bwd_one_pass(
+    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+) -> AttentionTile | None:
+    """Tile of the one-pass backward; None where there is none."""
+    unit = _matrix_unit(arch)
+    if unit not in _ATTENTION_BWD_ONE_PASS_TILES or (head_dim, itemsize) != (64, 2):
+        return None
+    if bias:
+        return AttentionTile(*_ATTENTION_BWD_ONE_PASS_BIAS_TILES[unit])
+    return AttentionTile(*_ATTENTION_BWD_ONE_PASS_TILES[unit][dropout])
+
+
+def attention_bwd(
+    max_seqlen: int,
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+) -> str:
+    """Which backward runs: "short" where it can, else "two_kernels"; "one_pass" is for the bench.
+
+    Counted on sm_90 for D = 64 and 8192 scores (a 128 x 64 tile), without and with dropout:
+
+                   products  MMA cycles  exps  instructions a warp  bytes at S = 128, 512
+        two kernels       7        1792  2 x 8192     690 / 2083           24, 24
+        short             5        1280  1 x 8192     507 / 1297           16, -
+        one pass          5        1280  1 x 8192     801 / 1768            -, 20
+
+    MMA cycles: at 2048 multiply-adds a cycle (1536 for short, by its reads of shared memory).
+    Instructions: of the inner loops in SASS, for each of 8 warps; two of them share an issue slot.
+    Bytes: of DRAM, a token, head and channel. L2 moves 32 kB a tile for two kernels and 48 kB for
+    one pass, two thirds of it the sums of dQ.
+
+    So short, at the same number of programs, needs 2/3 of the bytes, which bound S = 128, 5/7 of
+    the products and 5/8 to 3/4 of the instructions: it wins on every count. One pass saves products
+    always, instructions under dropout alone, and pays in L2 traffic and in programs as long as a
+    sequence: only a measurement can tell.
+    """
+    tile = attention_bwd_short(head_dim, itemsize, dropout, arch, bias)
+    return "two_kernels" if tile is None or max_seqlen > tile.block_m else "short"
+
+
+# Sequences that a program ranks by length: a few thousand need as many programs as there are.
+LONGEST_FIRST_BLOCK = 64
 
 
 def linear_int8(num_rows: int, arch: tuple[int, int]) -> MatmulTile:

@@ -52,7 +52,7 @@ def keep_mask(seed_ptr, threshold, offset, plane, rows, first_col, BLOCK_COLS: t
         groups[None, :].to(tl.uint32),
         rows[:, None].to(tl.uint32),
         offset.to(tl.uint32),
-        tl.to_tensor(plane).to(tl.uint32),
+        tl.cast(plane, tl.uint32),
     )
     limit = threshold.to(tl.uint32)
     even = tl.join(word0 >= limit, word2 >= limit)

@@ -50,8 +50,9 @@ def attention_fwd(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
+    bias: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (T, N, D), lse (N, T)."""
+    """out (T, N, D), lse (N, T). The kernels take no bias (``Op.no_bias``)."""
     qkv = qkv.contiguous()
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)
@@ -76,8 +77,9 @@ def attention_bwd(
     dropout_p: float,
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
+    bias: None = None,
 ) -> torch.Tensor:
-    """dqkv (T, 3, N, D)."""
+    """dqkv (T, 3, N, D). The kernels take no bias (``Op.no_bias``)."""
     dout, qkv, out, lse = (x.contiguous() for x in (dout, qkv, out, lse))
     tokens, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv)

@@ -27,8 +27,12 @@ def attention_fwd(
     dropout_p: float,
     dropout_seed: Tensor | None,
     dropout_offset: int,
+    bias: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, N, D) in qkv's dtype and lse (N, T) in fp32, from qkv (T, 3, N, D)."""
+    """out (T, N, D) in qkv's dtype and lse (N, T) in fp32, from qkv (T, 3, N, D).
+
+    The kernel takes no bias (``Op.no_bias``).
+    """
     cu_seqlens = cu_seqlens.contiguous()
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads, head_dim)

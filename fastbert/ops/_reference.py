@@ -13,7 +13,12 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check, philox
 from fastbert.ops.add_layer_norm import add_residual_reference, layer_norm_reference
-from fastbert.ops.attention import attention_reference, drop_probabilities
+from fastbert.ops.attention import (
+    add_bias,
+    attention_reference,
+    drop_probabilities,
+    probabilities,
+)
 from fastbert.ops.bias_gelu import bias_gelu_reference
 from fastbert.ops.embed_layer_norm import embed_reference
 from fastbert.ops.linear_int8 import linear_int8_reference, quantize_rows_reference
@@ -29,6 +34,7 @@ def attention_fwd(qkv: Tensor, cu: Tensor, max_seqlen: int, *rest: Any) -> tuple
 def attention_bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     softmax_scale: float, dropout_p: float, seed: Tensor | None, offset: int,
+    bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """p = exp(s - lse), ds = p (drop(dout v^T) - delta), delta = sum_d dout out; then
     dq = scale ds k, dk = scale ds^T q, dv = drop(p)^T dout."""
@@ -37,8 +43,9 @@ def attention_bwd(
     bounds = cu_seqlens.tolist()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         q, k, v = qkv[start:end].permute(1, 2, 0, 3)
-        scores = _wide(q @ k.transpose(1, 2)) * softmax_scale  # the very numbers that lse is of
-        p = torch.exp(scores - lse[:, start:end, None])
+        # The very numbers that lse is of.
+        scores = add_bias(_wide(q @ k.transpose(1, 2)) * softmax_scale, bias, start)
+        p = probabilities(scores, lse[:, start:end])
         q, k, v, grad = _wide(q), _wide(k), _wide(v), _wide(dout[start:end]).transpose(0, 1)
         factor = drop_probabilities(torch.ones_like(p), start, dropout_p, seed, offset)
         ds = p * (grad @ v.transpose(1, 2) * factor - delta[:, start:end, None]) * softmax_scale

@@ -85,6 +85,7 @@ class Op:
     max_size: backend name -> largest value of the op's size (attention: head_dim; others: row
         width) that its kernels take, where there is a limit.
     forward_only: backends without the backward half.
+    no_bias: backends whose kernels take no additive bias, where the op has one.
     """
 
     name: str
@@ -92,10 +93,13 @@ class Op:
     modules: dict[str, str]
     max_size: dict[str, int]
     forward_only: tuple[str, ...]
+    no_bias: tuple[str, ...]
 
-    def launcher(self, half: str, x: torch.Tensor, size: int) -> Callable[..., Any]:
-        """The function that computes ``half`` for an activation like ``x``."""
-        backend = _select(self.name, half, x.device.type, x.dtype, size, _forced, _strict)
+    def launcher(
+        self, half: str, x: torch.Tensor, size: int, bias: bool = False
+    ) -> Callable[..., Any]:
+        """The function that computes ``half`` for an activation like ``x``, ``bias`` with one."""
+        backend = _select(self.name, half, x.device.type, x.dtype, size, bias, _forced, _strict)
         function = f"{self.name}_{half}" if "bwd" in self.halves else self.name
         return _launcher(self.modules[backend], function)
 
@@ -108,6 +112,7 @@ def _op(
     cuda: bool = False,
     bwd: bool = True,
     forward_only: tuple[str, ...] = (),
+    no_bias: tuple[str, ...] = (),
     **limits: int,
 ) -> Op:
     modules = {"cpp": "fastbert.ops._cpp"} if cpp else {}
@@ -115,13 +120,20 @@ def _op(
     if cuda:
         modules["cuda"] = "fastbert.ops._cuda_launch"
     modules["reference"] = "fastbert.ops._reference"
-    return Op(name, ("fwd", "bwd") if bwd else ("fwd",), modules, limits, forward_only)
+    return Op(name, ("fwd", "bwd") if bwd else ("fwd",), modules, limits, forward_only, no_bias)
 
 
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        _op("attention", native="attention", cuda=True, forward_only=("cuda",), triton=256),
+        _op(
+            "attention",
+            native="attention",
+            cuda=True,
+            forward_only=("cuda",),
+            no_bias=("cpp", "cuda"),
+            triton=256,
+        ),
         _op("bias_gelu", native="bias_gelu", cuda=True),
         _op("add_layer_norm", native="add_layer_norm", cuda=True, triton=16384),
         _op("embed_layer_norm", native="embed_layer_norm", triton=16384),
@@ -182,13 +194,21 @@ def use_backend(name: str | None = None, *, strict: bool | None = None) -> _Rest
 
 
 def refusal(
-    op: Op, backend: str, device_type: str, dtype: torch.dtype, size: int, half: str = "fwd"
+    op: Op,
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    size: int,
+    half: str = "fwd",
+    bias: bool = False,
 ) -> str | None:
     """Why ``backend`` cannot serve this call of ``op``; None when it can."""
     if backend not in op.modules:
         return f"{op.name} has no {backend} kernel"
     if half == "bwd" and backend in op.forward_only:
         return f"the {backend} kernel of {op.name} has no backward"
+    if bias and backend in op.no_bias:
+        return f"the {backend} kernel of {op.name} takes no bias"
     record = BACKENDS[backend]
     if dtype not in record.dtypes:
         return f"the {backend} kernels do not take {str(dtype).removeprefix('torch.')}"
@@ -205,18 +225,19 @@ def _select(
     device_type: str,
     dtype: torch.dtype,
     size: int,
+    bias: bool,
     forced: str | None,
     strict: bool,
 ) -> str:
     op = OPS[name]
     if forced is not None:
-        reason = refusal(op, forced, device_type, dtype, size, half)
+        reason = refusal(op, forced, device_type, dtype, size, half, bias)
         if reason is None:
             return forced
         raise BackendError(f"{name}: backend {forced!r} is forced but cannot serve: {reason}")
     reasons = {}
     for backend in op.modules:
-        reason = refusal(op, backend, device_type, dtype, size, half)
+        reason = refusal(op, backend, device_type, dtype, size, half, bias)
         if reason is None:
             break
         reasons[backend] = reason
@@ -239,17 +260,20 @@ def forget_choices() -> None:
     _select.cache_clear()
 
 
-def choices(device_type: str, dtype: torch.dtype, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def choices(
+    device_type: str, dtype: torch.dtype, sizes: dict[str, int], *, bias: bool = False
+) -> list[dict[str, Any]]:
     """One row an op: the backend that it takes for such a call, and why none of the others.
 
-    sizes: op name -> its size (attention: head_dim; the others: row width).
+    sizes: op name -> its size (attention: head_dim; the others: row width).  bias: for calls with
+        an additive bias, which attention alone has.
     Rows: {"op", "backend", "passed_over": {backend: reason}}; a forced backend that cannot serve
     gives backend None.
     """
     rows = []
     for name, op in OPS.items():
         size = sizes.get(name, 0)
-        reasons = {b: refusal(op, b, device_type, dtype, size) for b in op.modules}
+        reasons = {b: refusal(op, b, device_type, dtype, size, bias=bias) for b in op.modules}
         usable = [b for b, reason in reasons.items() if reason is None]
         if _forced is not None:
             usable = [b for b in usable if b == _forced]

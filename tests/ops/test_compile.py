@@ -131,6 +131,12 @@ def library_calls(p: float) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention", (qkv, *attend)
     out, lse = torch.ops.fastbert.attention(qkv.detach(), *attend)
     yield "attention_bwd", (head, qkv.detach(), out, lse, *attend)
+    for heads in (1, 2):
+        bias = draw(heads, 7, 5)
+        bias[:, 2] = -torch.inf
+        yield "attention", (qkv, *attend, bias)
+        out, lse = torch.ops.fastbert.attention(qkv.detach(), *attend, bias)
+        yield "attention_bwd", (head, qkv.detach(), out, lse, *attend, bias)
 
     x, grad, weight, bias = leaf(7, 6), draw(7, 6), leaf(6), leaf(6)
     yield "bias_gelu", (x, bias, False)

@@ -19,6 +19,7 @@ from fastbert.pretrain import (
     open_source,
     parse,
 )
+from fastbert.pretrain.encode import ALONE, UNSEEN
 from fastbert.pretrain.examples import NONE
 
 from ._samples import CLS, MASK, SEP, example, vocabulary
@@ -213,10 +214,16 @@ def test_permutation_lm() -> None:
         assert found.position_ids[:14].tolist() == list(range(14))
         ranks = found.visibility[places, 0]
         assert sorted(ranks) == [1, 2] and found.visibility[:14, 0].sum() == 3
+        assert np.array_equal(found.visibility[:14, 0], found.visibility[:14, 1])
+        assert found.visibility[14:].tolist() == [[UNSEEN, rank - 1, ALONE] for rank in ranks]
+        assert set(found.visibility[:14, 2]) == {ALONE}
         assert found.sentence[14:].tolist() == [NONE, NONE]
         counts[places] += 1
     assert counts[0] == counts[13] == 0
     assert abs(counts[1:13] - 100).max() < 4.5 * np.sqrt(100 * 5 / 6)
+    for tokens, predicted in ((30, 5), (510, 85), (2, 1)):
+        found = prepare("plm", example([CLS, *[7] * tokens, SEP]))
+        assert len(found.targets["plm"]["labels"]) == predicted
 
 
 def test_pseudo_masks() -> None:
@@ -232,7 +239,13 @@ def test_pseudo_masks() -> None:
         assert asked(found, "unilm2") == {
             "index": [2, 4, 5], "pseudo_index": [10, 11, 12], "labels": [11, 13, 14]
         }  # fmt: skip
-        steps.add(tuple(found.visibility[7:10, 0].tolist()))
+        step = found.visibility[7:10, 0].tolist()
+        steps.add(tuple(step))
+        assert found.visibility.tolist() == [
+            *[[0, 0, ALONE]] * 7,
+            *([i, i, ALONE] for i in step),
+            *([UNSEEN, i - 1, i] for i in step),
+        ]
     assert steps == {(1, 2, 2), (2, 1, 1)}
 
 
