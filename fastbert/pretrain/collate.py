@@ -31,7 +31,7 @@ Targets = dict[str, Tensor]
 _MOST_ROWS = 0.9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PretrainingBatch:
     """Packed inputs, and what is to be predicted.
 
@@ -116,6 +116,8 @@ def collate(examples: Sequence[Example]) -> PretrainingBatch:
 
 
 def _joined_targets(examples: Sequence[Example], starts: Array) -> dict[str, dict[str, Array]]:
+    if any(example.targets.keys() != examples[0].targets.keys() for example in examples):
+        raise ValueError("examples: were prepared for different objectives")
     joined: dict[str, dict[str, Array]] = {}
     for objective, names in examples[0].targets.items():
         joined[objective] = {}
@@ -127,8 +129,6 @@ def _joined_targets(examples: Sequence[Example], starts: Array) -> dict[str, dic
             if array.dtype.kind in "iu":
                 array = array.astype(np.int64, copy=False)
             joined[objective][name] = array
-    if any(example.targets.keys() != joined.keys() for example in examples):
-        raise ValueError("examples: were prepared for different objectives")
     return joined
 
 

@@ -30,7 +30,7 @@ _SPECIAL: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """What objectives know of a tokenizer.
 
@@ -58,7 +58,7 @@ class Vocabulary:
         return len(self.word_starts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """A sequence of S tokens.
 

@@ -23,7 +23,7 @@ _LM = "lm"  # the head that checkpoints call cls.predictions
 _CHECKPOINT_PAIRS = ("nsp", "sop")  # the heads of two classes: cls.seq_relationship
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PretrainingOutput:
     """loss: 0-d, what to minimise.  terms: its summands.  counts: how many targets each has."""
 

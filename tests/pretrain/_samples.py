@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastbert.data import Corpus, prepare, save_tokenizer
+from fastbert.data import Corpus, save_tokenizer
+from fastbert.data import prepare as prepare_corpus
 from fastbert.data.tokenizer import SPECIAL_TOKENS, SpecialIds, make_tokenizer
-from fastbert.pretrain import Example, Vocabulary
+from fastbert.pretrain import Example, Masking, Vocabulary, parse
 from fastbert.pretrain.examples import NONE
 
 Array = np.ndarray
@@ -47,6 +49,26 @@ def example(
     )
 
 
+def prepare(
+    text: str,
+    x: Example,
+    seed: int = 0,
+    *,
+    masking: Masking | None = None,
+    **options: Mapping[str, Any],
+) -> Example:
+    """What the objectives make of an example."""
+    rng, words = np.random.default_rng(seed), vocabulary(30)
+    for objective in parse(text, masking, options):
+        x = objective.prepare(x, words, rng)
+    return x
+
+
+def asked(x: Example, objective: str) -> dict[str, list[int]]:
+    """The targets of an objective."""
+    return {name: array.tolist() for name, array in x.targets[objective].items()}
+
+
 def write_corpus(
     folder: Path,
     documents: Sequence[Sequence[str]],
@@ -65,7 +87,7 @@ def write_corpus(
     (folder / "text.txt").write_text(lines + "\n")
     if units:
         (folder / "units.txt").write_text("\n".join(units) + "\n")
-    prepare(
+    prepare_corpus(
         folder / "text.txt",
         folder / "corpus",
         tokenizer=folder / "tokenizer",

@@ -34,7 +34,7 @@ def asking(x: Example, **targets: Any) -> Example:
 
 def test_collate_by_hand() -> None:
     first = asking(example([CLS, 10, 11, 12, SEP]), index=[2, 3], b_index=[0, 0], place=[1], n=[7])
-    second = asking(example([CLS, 13, SEP]), index=[1], b_index=[2], place=[], n=[])
+    second = asking(example([CLS, 13, SEP]), index=[1], b_index=[2], place=[2], n=[])
     batch = collate([first, second])
     assert batch.inputs.lengths == (5, 3)
     assert batch.inputs.input_ids is not None and batch.rows is not None
@@ -43,7 +43,7 @@ def test_collate_by_hand() -> None:
     assert {name: x.tolist() for name, x in batch.targets["a"].items()} == {
         "index": [1, 2, 3],  # rows 2, 3 and 6
         "b_index": [0, 0, 4],
-        "place": [1],
+        "place": [1, 7],  # of the packed tokens
         "n": [7],
     }
     assert batch.places(batch.targets["a"]["index"]).tolist() == [2, 3, 6]
@@ -89,6 +89,8 @@ def test_examples_that_do_not_go_together() -> None:
     nsp = prepared_by(parse("mlm+nsp"), texts(9))
     with pytest.raises(ValueError, match="examples: were prepared for different objectives"):
         collate([*mlm, *nsp])
+    with pytest.raises(ValueError, match="examples: were prepared for different objectives"):
+        collate([*nsp, *mlm])
     with pytest.raises(ValueError, match="examples: are for plm, expected mlm, mlm.nsp or mlm.sop"):
         PaddedCollator()(prepared_by(parse("plm"), texts(9)))
 

@@ -104,6 +104,13 @@ def test_scaled(steps: int) -> None:
     assert same == preset("bert-lamb")
 
 
+@pytest.mark.parametrize("shares", [(1, 1, 998), (998, 1, 1), (1, 998, 1)])
+def test_every_phase_keeps_a_step(shares: tuple[int, ...]) -> None:
+    phases = tuple(Phase(64, steps, 4) for steps in shares)
+    scaled = Options(phases=phases, warmup_steps=0).scaled(3)
+    assert [phase.steps for phase in scaled.phases] == [1, 1, 1]
+
+
 def test_config(tmp_path: Path) -> None:
     config = Options(size="mini", dropout=0.0).config(1234)
     assert config == BertConfig.preset(

@@ -30,7 +30,7 @@ ARRANGE, CORRUPT, ASK = range(3)
 _CHUNK = 2**25  # logits that are looked at together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
     """One summand of the loss.
 
@@ -45,7 +45,7 @@ class Term:
     chance: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """What heads compute from.
 
