@@ -45,6 +45,7 @@ def attention_bias(seen: Tensor, batch: PackedBatch) -> Tensor:
     numbers, lengths = torch.arange(batch.num_sequences), torch.tensor(batch.lengths)
     sequence = torch.repeat_interleave(numbers, lengths)
     sequence = sequence.to(seen.device, non_blocking=True)
+    seen = seen.int()  # half the memory of what comes next
     keys = batch.unpack(seen, UNSEEN)[sequence]  # (T, max_seqlen, 3)
     visible = keys[..., 0] <= seen[:, 1, None]
     visible |= (keys[..., 2] == seen[:, 2, None]) & (seen[:, 2, None] != ALONE)

@@ -108,7 +108,7 @@ class SpanPlacer:
             end = first + length
             if end <= self._run_ends[first] and not any(self._blocked[first:end]):
                 if self._tokens[end] - self._tokens[first] > budget:
-                    break
+                    break  # few places fit now, if any
                 return self._take(first, end)
         for shorter in range(length, 0, -1):
             starts = self._places(shorter, budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,15 +31,11 @@ _CHUNK = 2**25  # logits that are sampled from together
 
 
 def generator_config(config: BertConfig, divisor: int) -> BertConfig:
-    """A generator of about 1 / divisor of the encoder's width, and as many layers: heads of 64
-    channels (as many as make up the width, at least one), four times as many in the FFN."""
-    heads = max(1, round(config.hidden_size / divisor / _HEAD_DIM))
-    head_dim = (
-        _HEAD_DIM
-        if config.hidden_size // divisor >= _HEAD_DIM
-        else max(8, config.hidden_size // divisor // 8 * 8)
-    )
-    width = heads * head_dim
+    """A generator of about 1 / divisor of the encoder's width and as many layers: heads of 64
+    channels, or one of fewer where the width is less, and an FFN of four times the width."""
+    wanted = config.hidden_size / divisor
+    heads = max(1, round(wanted / _HEAD_DIM))
+    width = heads * min(_HEAD_DIM, max(8, int(wanted) // 8 * 8))
     return config.replace(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
 
 
@@ -75,11 +72,7 @@ class Generator(nn.Module):
         x = embed(parts, inputs, run, self.training)
         x, _ = self.encoder(x, inputs, run)
         x = self.transform(gather_rows(x, place))
-        if isinstance(self._activation, str):
-            x = F.gelu(x, approximate=self._activation)
-        else:
-            x = self._activation(x)
-        return self.transform_norm(x)
+        return self.transform_norm(_activated(x, self._activation))
 
 
 class _Heads(nn.Module):
@@ -94,12 +87,12 @@ class _Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, H) -> logits (R,)."""
-        u = self.dense(x)
-        if isinstance(self._activation, str):
-            u = F.gelu(u, approximate=self._activation)
-        else:
-            u = self._activation(u)
-        return self.out(u)[:, 0]
+        return self.out(_activated(self.dense(x), self._activation))[:, 0]
+
+
+def _activated(x: Tensor, function: str | Callable[[Tensor], Tensor]) -> Tensor:
+    """``function``: of ``fastbert.nn.encoder.activation``."""
+    return F.gelu(x, approximate=function) if isinstance(function, str) else function(x)
 
 
 def _electra_masking() -> Masking:
