@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import Case, cases  # noqa: E402
-from timing import ceilings, interleave, machine, write  # noqa: E402
+from cases import cases  # noqa: E402
+from problem import Case, Problem, Run  # noqa: E402
+from timing import (  # noqa: E402
+    ceilings,
+    interleave,
+    machine,
+    peak_bytes,
+    product_rates,
+    replay_of,
+    write,
+)
 
 from fastbert import device  # noqa: E402
 
@@ -33,8 +43,10 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
     if not row["error_over_bound"] <= 1.0:
         row["failed"] = "parity: the error is over 2x torch's own; no speed is reported"
         return row
-    timings = interleave({"fastbert": problem.ours, **problem.peers}, where, seconds)
-    ours = timings["fastbert"]
+    row["deterministic"] = _same_bits(problem.ours)
+    usable, row["left_out"] = _usable({**problem.others, **problem.peers})
+    runs = {"fastbert": problem.ours, **usable}
+    timings = interleave(runs, where, seconds)
     row["candidates"] = {
         name: {
             "median_us": t.median * 1e6,
@@ -43,15 +55,65 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
         }
         for name, t in timings.items()
     }
-    peers = {name: t.median for name, t in timings.items() if name != "fastbert"}
+    if where == "cuda":
+        _on_a_gpu(row["candidates"], runs, seconds)
+    ours = timings["fastbert"]
+    peers = {name: t.median for name, t in timings.items() if name in problem.peers}
+    if not peers:
+        row["failed"] = f"no peer runs: {row['left_out']}"
+        return row
     row["best_peer"] = min(peers, key=peers.__getitem__)
     row["speedup"] = peers[row["best_peer"]] / ours.median
-    row["bandwidth_gb_s"] = problem.bytes / ours.median / 1e9
-    row["percent_of_copy"] = 100 * row["bandwidth_gb_s"] / ceiling["copy_gb_s"]
+    return row | _shares(problem, ours.median, ceiling)
+
+
+def _shares(problem: Problem, seconds: float, ceiling: dict[str, float]) -> dict[str, float]:
+    found = {"bandwidth_gb_s": problem.bytes / seconds / 1e9}
+    found["percent_of_copy"] = 100 * found["bandwidth_gb_s"] / ceiling["copy_gb_s"]
     if problem.flops:
-        row["gflop_s"] = problem.flops / ours.median / 1e9
-        row["percent_of_matrix"] = 100 * row["gflop_s"] / ceiling["matrix_gflop_s"]
-    return row
+        found["gflop_s"] = problem.flops / seconds / 1e9
+        found["percent_of_matrix"] = 100 * found["gflop_s"] / ceiling["matrix_gflop_s"]
+    return found
+
+
+def _same_bits(run: Run) -> bool:
+    """Whether two calls give the same tensors; one that updates in place gives none."""
+    first, second = (_tensors(run()) for _ in range(2))
+    return all(map(torch.equal, first, second))
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        wide = outputs.float() if outputs.element_size() == 1 else outputs
+        return [wide.detach().clone()]
+    return [x for output in outputs or () for x in _tensors(output)]
+
+
+def _usable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
+    """The candidates that run here, and why the others do not: a peer that breaks is no failure of
+    the case."""
+    usable, left_out = {}, {}
+    for name, run in runs.items():
+        try:
+            run()
+            usable[name] = run
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+    return usable, left_out
+
+
+def _on_a_gpu(candidates: dict[str, Any], runs: dict[str, Run], seconds: float) -> None:
+    """Adds the time of a graph's replay, where a call can be recorded, and the peak of memory."""
+    replays = {}
+    for name, run in runs.items():
+        candidates[name]["peak_mib"] = peak_bytes(run) / 2**20
+        try:
+            replays[name] = replay_of(run)
+        except Exception as error:
+            candidates[name]["not_recorded"] = type(error).__name__
+            torch.cuda.synchronize()
+    for name, timing in interleave(replays, "cuda", seconds / 2).items() if replays else ():
+        candidates[name]["replay_us"] = timing.median * 1e6
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -62,36 +124,49 @@ def _line(row: dict[str, Any]) -> str:
     if "gflop_s" in row:
         ceiling = f"{row['percent_of_matrix']:4.0f}% of matrix rate"
     ours = row["candidates"]["fastbert"]
+    note = "" if row["deterministic"] else "  not the same bits twice"
     return (
         f"{head}{ours['median_us']:>10.0f} us ±{ours['spread_percent']:.0f}%"
-        f"{row['speedup']:>7.2f}x {row['best_peer']:<19}{ceiling}"
+        f"{row['speedup']:>7.2f}x {row['best_peer']:<24}{ceiling}{note}"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", help="only this op")
+    parser.add_argument("--op", action="append", help="only these ops")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--until", type=float, help="start no case after so many seconds")
     parser.add_argument("--dtype", choices=_DTYPES, action="append", help="default: fp32 and bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case")
     parser.add_argument("--out", type=Path, help="JSON file, default bench/results/ops_DEVICE.json")
     args = parser.parse_args()
+    started = time.perf_counter()
     where = args.device or ("cuda" if device.cuda_reason() is None else "cpu")
     dtypes = args.dtype or (["bf16", "fp32"] if where == "cuda" else ["fp32", "bf16"])
     chosen = [
-        c for c in cases(where) if (args.op is None or c.op == args.op) and args.case in c.name
+        c for c in cases(where) if (args.op is None or c.op in args.op) and args.case in c.name
     ]
     if not chosen:
         parser.error("no case has that --op and --case")
-    rows, ceiling_of = [], {}
+    path = args.out or Path(__file__).parent / "results" / f"ops_{where}.json"
+    result: dict[str, Any] = {"machine": machine(), "ceilings": {}, "products": {}, "rows": []}
+    rows, ceiling_of = result["rows"], result["ceilings"]
     for dtype in dtypes:
         ceiling_of[dtype] = ceiling = ceilings(where, _DTYPES[dtype])
         print(
             f"{where} {dtype}: copy {ceiling['copy_gb_s']:.1f} GB/s, "
             f"matrix product {ceiling['matrix_gflop_s']:,.0f} GFLOP/s"
         )
+        if where == "cuda" and args.op is None:
+            result["products"][dtype] = product_rates(_DTYPES[dtype])
+            print({name: round(rate) for name, rate in result["products"][dtype].items()})
         for case in chosen:
+            if args.until and time.perf_counter() - started > args.until:
+                result["cut_off"] = (
+                    f"after {args.until:.0f} s, before {case.op} {case.name} {dtype}"
+                )
+                break
             try:
                 row = measure(case, where, dtype, ceiling, args.seconds)
             except Exception as error:  # a case that breaks is a result; the others still count
@@ -99,8 +174,9 @@ def main() -> int:
                 row["failed"] = f"{type(error).__name__}: {error}"
             rows.append(row)
             print(_line(row), flush=True)
-    path = args.out or Path(__file__).parent / "results" / f"ops_{where}.json"
-    write(path, {"machine": machine(), "ceilings": ceiling_of, "rows": rows})
+            write(path, result)  # after each: a run that is cut off leaves what it has measured
+            if where == "cuda":
+                torch.cuda.empty_cache()
     print(f"wrote {path}")
     return int(any("failed" in row for row in rows))
 

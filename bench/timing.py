@@ -48,6 +48,7 @@ def interleave(
     for run in candidates.values():
         run()
         run()
+    flush = _flusher(where)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     end = time.perf_counter() + seconds
@@ -59,9 +60,48 @@ def interleave(
                 candidates[name]()
                 if time.perf_counter() > settled:
                     break
+            flush()
             times[name].append(_once(candidates[name], where))
         rounds += 1
     return {name: _timing(samples) for name, samples in times.items()}
+
+
+def _flusher(where: str) -> Run:
+    """A call that leaves the GPU's L2 full of something else, as a whole step would, and the host
+    ahead of the device, so that what is timed does not wait for launches; on CPU nothing."""
+    if where != "cuda":
+        return lambda: None
+    size = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    numbers = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+    return numbers.zero_
+
+
+def replay_of(run: Run) -> Run:
+    """``run`` recorded as a CUDA graph: its time on the device without Python between kernels.
+
+    Raises RuntimeError where it cannot be recorded: it waits for the device, or moves to the host.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak_bytes(run: Run) -> int:
+    """What one call of ``run`` holds at most on the GPU, above what is there before."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _once(run: Run, where: str) -> float:
@@ -103,6 +143,33 @@ def ceilings(where: str, dtype: torch.dtype) -> dict[str, float]:
         "copy_gb_s": 2 * source.numel() * source.element_size() / timings["copy"].p10 / 1e9,
         "matrix_gflop_s": 2 * side**3 / timings["matrix"].p10 / 1e9,
     }
+
+
+# Rows, columns, sums of BERT-base's and BERT-large's products at 64k tokens: QKV, attention output,
+# up, down, and the decoder over 15% of the tokens.
+_PRODUCTS = {
+    f"{size}-{name}": (tokens, n, k)
+    for size, hidden in (("base", 768), ("large", 1024))
+    for name, tokens, n, k in (
+        ("qkv", 65536, 3 * hidden, hidden),
+        ("output", 65536, hidden, hidden),
+        ("up", 65536, 4 * hidden, hidden),
+        ("down", 65536, hidden, 4 * hidden),
+        ("decoder", 9832, 30528, hidden),
+    )
+}
+
+
+def product_rates(dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP/s of cuBLAS on BERT's own products: what a kernel around one can hope for."""
+    rates = {}
+    for name, (m, n, k) in _PRODUCTS.items():
+        a, b = (torch.randn(*s, device="cuda").to(dtype) for s in ((m, k), (k, n)))
+        c = torch.empty(m, n, dtype=dtype, device="cuda")
+        run = torch.no_grad()(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
+        seconds = interleave({"mm": run}, "cuda", 0.1, least=7)["mm"].median
+        rates[name] = 2 * m * n * k / seconds / 1e9
+    return rates
 
 
 def machine() -> dict[str, Any]:

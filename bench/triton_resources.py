@@ -17,12 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from triton_launches import BASE_CASES, CASES  # noqa: E402
 
 ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -31,9 +34,11 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 
-MATRIX_INSTRUCTIONS = {"HMMA", "HGMMA", "UTCHMMA", "UTCHMMA2CTA", "IMMA", "IGMMA", "UTCIMMA"}
-
-TOKENS, MASKED, VOCABULARY = 8192, 1229, 30522
+MATRIX_INSTRUCTIONS = {
+    *("HMMA", "HGMMA", "UTCHMMA", "UTCHMMA2CTA"),
+    *("IMMA", "IGMMA", "UTCIMMA"),
+    *("QMMA", "QGMMA", "UTCQMMA"),
+}
 
 
 class OfflineDriver:
@@ -52,169 +57,6 @@ class OfflineDriver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.arch, 32)
-
-
-# --- launches: BERT-base unless the name says otherwise ----------------------------------------
-
-
-def _attention_call(
-    dtype: Any, head_dim: int, p: float, bias: bool, longest: int
-) -> tuple[Any, tuple[Any, ...]]:
-    """qkv and the arguments that follow the tensors in both halves."""
-    import torch
-
-    qkv = torch.empty(TOKENS, 3, 768 // head_dim, head_dim, dtype=dtype)
-    cu_seqlens = torch.zeros(17, dtype=torch.int32)
-    seed = torch.zeros(1, dtype=torch.int64)
-    scores = torch.empty(1, TOKENS, 512) if bias else None
-    return qkv, (cu_seqlens, longest, head_dim**-0.5, p, seed, 0, scores)
-
-
-def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False) -> None:
-    from fastbert.kernels import attention
-
-    qkv, site = _attention_call(dtype, head_dim, p, bias, 512)
-    out, lse = attention.attention_fwd(qkv, *site)
-    attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
-
-
-def _attention_bwd(dtype: Any, way: str, head_dim: int, p: float, bias: bool = False) -> None:
-    """One of the backwards in one kernel, where it has a tile."""
-    import torch
-
-    from fastbert.kernels import _config, attention
-
-    choose = getattr(_config, f"attention_bwd_{way}")
-    arch = _config.capability(torch.empty(0))
-    tile = choose(head_dim, dtype.itemsize, p > 0.0, arch, bias)
-    if tile is not None:
-        longest = tile.block_m if way == "short" else 512
-        qkv, site = _attention_call(dtype, head_dim, p, bias, longest)
-        out = torch.empty_like(qkv[:, 0])
-        lse = torch.empty(qkv.shape[2], TOKENS)
-        attention.BACKWARDS[way](out, qkv, out, lse, *site)
-
-
-def _bias_gelu(dtype: Any, tanh: bool) -> None:
-    import torch
-
-    from fastbert.kernels import bias_gelu
-
-    x, bias = torch.empty(TOKENS, 3072, dtype=dtype), torch.empty(3072, dtype=dtype)
-    bias_gelu.bias_gelu_fwd(x, bias, tanh)
-    bias_gelu.bias_gelu_bwd(x, x, bias, tanh)
-
-
-def _add_layer_norm(dtype: Any, width: int, p: float) -> None:
-    import torch
-
-    from fastbert.kernels import add_layer_norm
-
-    x, vector = torch.empty(TOKENS, width, dtype=dtype), torch.empty(width, dtype=dtype)
-    dropout = (p, torch.zeros(1, dtype=torch.int64), 0)
-    y, z, mean, rstd = add_layer_norm.add_layer_norm_fwd(
-        x, x, vector, vector, vector, 1e-12, *dropout, True
-    )
-    add_layer_norm.add_layer_norm_bwd(y, z, vector, mean, rstd, *dropout, True)
-
-
-def _embed_layer_norm(dtype: Any, width: int, p: float) -> None:
-    import torch
-
-    from fastbert.kernels import embed_layer_norm
-
-    ids = torch.zeros(TOKENS, dtype=torch.int64)
-    tables = [torch.empty(rows, width, dtype=dtype) for rows in (VOCABULARY, 512, 2)]
-    vector = torch.empty(width, dtype=dtype)
-    dropout = (p, torch.zeros(1, dtype=torch.int64), 0)
-    y, mean, rstd = embed_layer_norm.embed_layer_norm_fwd(
-        ids, ids, ids, *tables, vector, vector, 1e-12, *dropout
-    )
-    embed_layer_norm.embed_layer_norm_bwd(y, ids, ids, ids, *tables, vector, mean, rstd, *dropout)
-
-
-def _cross_entropy_rows(dtype: Any) -> None:
-    import torch
-
-    from fastbert.kernels import cross_entropy
-
-    # Rows padded to a multiple of 16 bytes, as the decoder GEMM writes them.
-    logits = torch.empty(MASKED, VOCABULARY + 6, dtype=dtype)[:, :VOCABULARY]
-    bias, labels = torch.empty(VOCABULARY, dtype=dtype), torch.zeros(MASKED, dtype=torch.int64)
-    for grad_scale in (None, torch.ones(1)):
-        cross_entropy.cross_entropy_rows(logits, bias, labels, -100, grad_scale)
-
-
-def _rows(dtype: Any) -> None:
-    import torch
-
-    from fastbert.kernels import rows
-
-    x, index = torch.empty(TOKENS, 768, dtype=dtype), torch.zeros(MASKED, dtype=torch.int64)
-    rows.scatter_rows(rows.gather_rows(x, index), index, TOKENS)
-
-
-def _linear_int8(dtype: Any) -> None:
-    import torch
-
-    from fastbert.kernels import linear_int8
-
-    weight, weight_scale = torch.empty(3072, 768, dtype=torch.int8), torch.empty(3072)
-    for tokens in (TOKENS, 64, 16):
-        q, scale, offset = linear_int8.quantize_rows(torch.empty(tokens, 768, dtype=dtype))
-        by_column = (weight_scale, offset, weight_scale)
-        linear_int8.linear_int8(q, scale, weight, weight_scale, *by_column, 1, dtype)
-
-
-CASES: dict[str, Callable[[Any], None]] = {
-    "attention": partial(_attention, head_dim=64, p=0.0),
-    "attention dropout": partial(_attention, head_dim=64, p=0.1),
-    "attention short": partial(_attention_bwd, way="short", head_dim=64, p=0.0),
-    "attention short dropout": partial(_attention_bwd, way="short", head_dim=64, p=0.1),
-    "bias_gelu erf": partial(_bias_gelu, tanh=False),
-    "bias_gelu tanh": partial(_bias_gelu, tanh=True),
-    "add_layer_norm": partial(_add_layer_norm, width=768, p=0.0),
-    "add_layer_norm dropout": partial(_add_layer_norm, width=768, p=0.1),
-    "embed_layer_norm dropout": partial(_embed_layer_norm, width=768, p=0.1),
-    "cross_entropy_rows": _cross_entropy_rows,
-    "rows": _rows,
-    "linear_int8 gelu": _linear_int8,
-    # Beyond BERT-base.
-    "attention D=32 dropout": partial(_attention, head_dim=32, p=0.1),
-    "attention D=40 dropout": partial(_attention, head_dim=40, p=0.1),
-    "attention D=128": partial(_attention, head_dim=128, p=0.0),
-    "attention D=128 dropout": partial(_attention, head_dim=128, p=0.1),
-    "attention D=256 dropout": partial(_attention, head_dim=256, p=0.1),
-    "attention short D=32": partial(_attention_bwd, way="short", head_dim=32, p=0.0),
-    "attention short D=32 dropout": partial(_attention_bwd, way="short", head_dim=32, p=0.1),
-    "attention short D=40 dropout": partial(_attention_bwd, way="short", head_dim=40, p=0.1),
-    "attention short D=128": partial(_attention_bwd, way="short", head_dim=128, p=0.0),
-    "attention short D=128 dropout": partial(_attention_bwd, way="short", head_dim=128, p=0.1),
-    "attention bias": partial(_attention, head_dim=64, p=0.0, bias=True),
-    "attention bias dropout": partial(_attention, head_dim=64, p=0.1, bias=True),
-    "attention bias D=32 dropout": partial(_attention, head_dim=32, p=0.1, bias=True),
-    "attention bias D=128 dropout": partial(_attention, head_dim=128, p=0.1, bias=True),
-    "attention bias D=256 dropout": partial(_attention, head_dim=256, p=0.1, bias=True),
-    "attention short bias": partial(_attention_bwd, way="short", head_dim=64, p=0.0, bias=True),
-    "attention short bias dropout": partial(
-        _attention_bwd, way="short", head_dim=64, p=0.1, bias=True
-    ),
-    "attention short bias D=32 dropout": partial(
-        _attention_bwd, way="short", head_dim=32, p=0.1, bias=True
-    ),
-    "attention one pass bias": partial(
-        _attention_bwd, way="one_pass", head_dim=64, p=0.0, bias=True
-    ),
-    "attention one pass bias dropout": partial(
-        _attention_bwd, way="one_pass", head_dim=64, p=0.1, bias=True
-    ),
-    "attention one pass": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.0),
-    "attention one pass dropout": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.1),
-    "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),
-    "add_layer_norm H=4096 dropout": partial(_add_layer_norm, width=4096, p=0.1),
-    "embed_layer_norm H=1024 dropout": partial(_embed_layer_norm, width=1024, p=0.1),
-}
-BASE_CASES = 11  # the first ones
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -254,8 +96,13 @@ def _machine_code_facts(cubin: bytes) -> dict[str, Any]:
         "spill_instructions": sum(code.startswith(("LDL", "STL")) for code in opcodes),
         "load_bits": max(widest("LDG"), widest("LDGSTS")),
         "store_bits": widest("STG"),
+        "copy_engine": [code for code in ("UTMALDG", "UTMASTG") if _any(opcodes, code)],
         "matrix_instruction": sorted(matrix)[0] if matrix else None,
     }
+
+
+def _any(opcodes: list[str], prefix: str) -> bool:
+    return any(code.startswith(prefix) for code in opcodes)
 
 
 def measure(job: tuple[str, int, str]) -> list[dict[str, Any]]:
@@ -275,7 +122,7 @@ def measure(job: tuple[str, int, str]) -> list[dict[str, Any]]:
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        constants = {key: value for key, value in kwargs.items() if key.isupper()}
+        constants = {key: _plain(value) for key, value in kwargs.items() if key.isupper()}
         compiled.append((constants, launch(self, *args, grid=grid, warmup=True, **kwargs)))
 
     JITFunction.run = compile_only
@@ -293,6 +140,11 @@ def measure(job: tuple[str, int, str]) -> list[dict[str, Any]]:
         if row not in rows:  # the three tables of an embedding share kernels
             rows.append(row)
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON holds it: a Triton dtype by its name."""
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def sweep(cases: list[str], arches: list[int], dtypes: list[str], jobs: int) -> Iterator[Any]:

@@ -7,11 +7,12 @@ Padding exists at the two edges of a model only. ``from_padded``, ``from_sequenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbert.ops import gather_rows, scatter_rows
@@ -45,7 +46,8 @@ class PackedBatch:
 
     @property
     def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
+        # Not max(…, default=0), which Dynamo refuses once it has made the lengths symbols.
+        return max((0, *self.lengths))
 
     @property
     def num_tokens(self) -> int:
@@ -166,8 +168,8 @@ class PackedBatch:
         width = max(lengths, default=0)
         indices = None
         if any(n != width for n in lengths):
-            row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-            indices = row.to(given.device) * width + place
+            row = torch.from_numpy(np.repeat(np.arange(len(lengths)) * width, lengths))
+            indices = row.to(given.device) + place
         shape = (len(lengths), width)
         offsets = _offsets(lengths, given.device)
         return cls(
@@ -177,6 +179,15 @@ class PackedBatch:
     def replace(self, **fields: Any) -> PackedBatch:
         """The same batch with some fields changed."""
         return PackedBatch(**{**self.__dict__, **fields})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch with each of its tensors changed."""
+        tensors = {k: x for k, x in self.__dict__.items() if isinstance(x, Tensor)}
+        return self.replace(**{name: change(x) for name, x in tensors.items()})
 
     def pack(self, x: Tensor | None) -> Tensor | None:
         """(rows, S, …) -> (T, …): the real tokens of a padded tensor."""
@@ -230,7 +241,11 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _places(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Position of each token in its own sequence: 0 .. n - 1, again and again."""
-    counts = torch.tensor(lengths, dtype=torch.int64)
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return (torch.arange(int(counts.sum())) - starts).to(device, non_blocking=True)
+    """Position of each token in its own sequence: 0 .. n - 1, again and again.
+
+    By numpy: torch hands even a few numbers to all threads, and while other processes keep the
+    cores busy each time costs milliseconds.
+    """
+    counts = np.array(lengths, np.int64)
+    starts = np.repeat(counts.cumsum() - counts, counts)
+    return torch.from_numpy(np.arange(len(starts)) - starts).to(device, non_blocking=True)

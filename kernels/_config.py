@@ -324,3 +324,52 @@ def linear_int8(num_rows: int, arch: tuple[int, int]) -> MatmulTile:
     if arch[0] >= 9:
         return MatmulTile(128, 128, 128, 8, 3)
     return MatmulTile(128, 128, 64, 8, 3)
+
+
+def linear_fp8(num_rows: int) -> MatmulTile:
+    """As for int8; 128 of the sum a step is also what goes to fp32 sums at a time."""
+    if num_rows <= 64:
+        return MatmulTile(16 if num_rows <= 16 else 64, 64, 128, 4, 4)
+    return MatmulTile(128, 128, 128, 8, 3)
+
+
+class FeedForwardTile(NamedTuple):
+    """block_m, block_n: rows and columns of the output.  block_k: of the sum, a step.
+
+    parts: the epilogue takes a tile's columns in so many parts, one after the other: what it holds
+        in registers and in shared memory is one part wide.
+    descriptors: tiles move through tensor descriptors, by the copy engine, and the programs are
+        persistent: what a tile writes leaves while the next one's operands come.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int
+    descriptors: bool
+
+
+# 128 x 256 where the accumulators fit (two warpgroups' registers, or tensor memory): a 128 x 128
+# tile asks L2 for 64 bytes a cycle and multiprocessor at full rate, a 128 x 256 tile for 48. Stages
+# fill what the epilogue leaves of shared memory. Before sm_90 a descriptor is taken apart into
+# masked 4-byte accesses; so plain pointers, and a program a tile, since two fit a multiprocessor.
+_FEED_FORWARD_TILES = {
+    ("fwd", "mma"): (128, 128, 32, 8, 4, 2, False),
+    ("fwd", "wgmma"): (128, 256, 64, 8, 4, 2, True),
+    ("fwd", "tcgen05"): (128, 256, 64, 8, 4, 4, True),
+    ("bwd", "mma"): (128, 128, 32, 8, 4, 4, False),
+    ("bwd", "wgmma"): (128, 256, 64, 8, 4, 8, True),
+    ("bwd", "tcgen05"): (128, 256, 64, 8, 4, 4, True),
+}
+
+
+def feed_forward(half: str, arch: tuple[int, int]) -> FeedForwardTile:
+    """Tiles of the feed-forward's products with GELU in the epilogue; half: "fwd" or "bwd"."""
+    return FeedForwardTile(*_FEED_FORWARD_TILES[half, _matrix_unit(arch)])
+
+
+def persistent_programs(tiles: int, arch: tuple[int, int]) -> int:
+    """Programs that share ``tiles`` tiles, one a multiprocessor."""
+    return min(tiles, _MULTIPROCESSORS.get(arch, 84))

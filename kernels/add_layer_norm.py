@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _config, _layer_norm, _philox, _reduce
+from fastbert.kernels import _config, _layer_norm, _philox, _quantize, _reduce
 
 
 @triton.jit(do_not_specialize=["num_rows", "dropout_threshold", "dropout_offset"])
@@ -20,6 +20,10 @@ def _add_layer_norm_fwd_kernel(
     z_ptr,
     mean_ptr,
     rstd_ptr,
+    q_multiplier_ptr,
+    q_ptr,
+    q_scale_ptr,
+    q_offset_ptr,
     dropout_seed_ptr,
     dropout_threshold,
     dropout_offset,
@@ -34,8 +38,11 @@ def _add_layer_norm_fwd_kernel(
 
     x_ptr, residual_ptr (or None), y_ptr, z_ptr (or None): (num_rows, width).
     x_bias_ptr (or None), weight_ptr, bias_ptr: (width,).  mean_ptr, rstd_ptr: fp32 (num_rows,),
-    None when z_ptr is.  dropout_seed_ptr: int64 seed, None without dropout.  dropout_threshold,
-    dropout_offset, keep_scale: see ``_philox.Dropout``.  eps: added to the variance.
+    None when z_ptr is.  q_ptr: int8 (num_rows, width), q_scale_ptr, q_offset_ptr: fp32 (num_rows,),
+    y times q_multiplier_ptr, fp32 (width,), or y alone where that is None, by
+    ``_quantize.quantize_block``; None where nobody wants them.  dropout_seed_ptr: int64 seed, None
+    without dropout.  dropout_threshold, dropout_offset, keep_scale: see ``_philox.Dropout``.
+    eps: added to the variance.
     BLOCK_M: rows.  BLOCK_H: width padded to a power of two.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,6 +76,14 @@ def _add_layer_norm_fwd_kernel(
     bias = tl.load(bias_ptr + cols, mask=in_width, other=0.0).to(tl.float32)
     y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + offsets, y, mask=mask)
+    if q_ptr is not None:
+        rounded = y.to(y_ptr.dtype.element_ty).to(tl.float32)  # what a reader of y would quantise
+        if q_multiplier_ptr is not None:
+            rounded *= tl.load(q_multiplier_ptr + cols, mask=in_width, other=0.0)[None, :]
+        q, q_scale, q_offset = _quantize.quantize_block(rounded, in_width)
+        tl.store(q_ptr + offsets, q, mask=mask)
+        tl.store(q_scale_ptr + rows, q_scale, mask=in_rows)
+        tl.store(q_offset_ptr + rows, q_offset, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "dropout_threshold", "dropout_offset"])
@@ -182,6 +197,7 @@ def add_layer_norm_fwd(
             z,
             mean,
             rstd,
+            *(None,) * 4,
             *_philox.dropout_args(dropout_p, dropout_seed, dropout_offset),
             num_rows,
             width,
@@ -191,6 +207,48 @@ def add_layer_norm_fwd(
             num_warps=num_warps,
         )
     return y, z, mean, rstd
+
+
+def add_layer_norm_int8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y of ``add_layer_norm_fwd`` without dropout, and its rows in int8: q (T, H), scale and offset
+    (T,) fp32, as ``linear_int8.quantize_rows`` makes them of y as rounded to x.dtype, times
+    multiplier (H,) fp32 where that is not None."""
+    num_rows, width = x.shape
+    y, q = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+    scale, offset = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
+    if num_rows == 0:
+        return y, q, scale, offset
+    block_m, block_h, num_warps = _config.layer_norm_fwd(width)
+    with torch.cuda.device_of(x):
+        _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, block_m),)](
+            x,
+            residual,
+            x_bias,
+            weight,
+            bias,
+            y,
+            *(None,) * 3,
+            multiplier,
+            q,
+            scale,
+            offset,
+            *_philox.dropout_args(0.0, None, 0),
+            num_rows,
+            width,
+            eps,
+            BLOCK_M=block_m,
+            BLOCK_H=block_h,
+            num_warps=num_warps,
+        )
+    return y, q, scale, offset
 
 
 def add_layer_norm_bwd(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _config
+from fastbert.kernels import _config, _quantize
 from fastbert.kernels.bias_gelu import _gelu
 
 
@@ -21,8 +21,7 @@ def _quantize_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """q = (x - offset) / scale rounded half to even, on BLOCK_M whole rows: offset is the middle of
-    a row's range, scale its 254th part.
+    """``_quantize.quantize_block`` of BLOCK_M whole rows.
 
     x_ptr, q_ptr: (num_rows, width).  scale_ptr, offset_ptr: fp32 (num_rows,).  BLOCK_H: width,
     padded.
@@ -32,17 +31,9 @@ def _quantize_rows_kernel(
     mask = (rows < num_rows)[:, None] & (cols < width)[None, :]
     offsets = rows.to(tl.int64)[:, None] * width + cols[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    in_width = (cols < width)[None, :]
-    high = 0.5 * tl.max(tl.where(in_width, x, float("-inf")), 1)
-    low = 0.5 * tl.min(tl.where(in_width, x, float("inf")), 1)
-    half, offset = high - low, high + low
-    inverse = tl.where(half > 0.0, tl.div_rn(127.0 + 0.0 * half, half), 0.0)
-    scaled = (x - offset[:, None]) * inverse[:, None]
-    # Adding and taking away 1.5 2^23 leaves the nearest integer, halves going to the even one.
-    rounded = (scaled + 12582912.0) - 12582912.0
-    rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
-    tl.store(q_ptr + offsets, rounded.to(tl.int8), mask=mask)
-    tl.store(scale_ptr + rows, tl.div_rn(half, 127.0 + 0.0 * half), mask=rows < num_rows)
+    q, scale, offset = _quantize.quantize_block(x, cols < width)
+    tl.store(q_ptr + offsets, q, mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
     tl.store(offset_ptr + rows, offset, mask=rows < num_rows)
 
 
@@ -55,6 +46,7 @@ def _linear_int8_kernel(
     bias_ptr,
     offset_ptr,
     column_sum_ptr,
+    output_scale_ptr,
     y_ptr,
     num_rows,
     in_features,
@@ -69,7 +61,8 @@ def _linear_int8_kernel(
 
     q_ptr: int8 (num_rows, in_features).  scale_ptr: fp32 (num_rows,); so offset_ptr, or None.
     weight_ptr: int8 (out_features, in_features).  weight_scale_ptr: fp32 (out_features,); so
-    column_sum_ptr, or None.  bias_ptr: (out_features,) or None.  y_ptr: (num_rows, out_features).
+    column_sum_ptr, or None.  bias_ptr: (out_features,) or None.  y_ptr: (num_rows, out_features);
+    int8, y / output_scale rounded, where output_scale_ptr, fp32 (1,), is not None.
     ACTIVATION: 0 none, 1 erf-GELU, 2 tanh-GELU.  GROUP_M: row tiles that share a column tile while
     it is in L2.
     """
@@ -111,7 +104,10 @@ def _linear_int8_kernel(
     elif ACTIVATION == 2:
         y = _gelu(y, True)
     offsets = rows.to(tl.int64)[:, None] * out_features + cols[None, :]
-    tl.store(y_ptr + offsets, y, mask=in_rows[:, None] & in_cols[None, :])
+    mask = in_rows[:, None] & in_cols[None, :]
+    if output_scale_ptr is not None:
+        y = _quantize.round_to_int8(y * tl.div_rn(1.0, tl.load(output_scale_ptr)))
+    tl.store(y_ptr + offsets, y, mask=mask)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,15 +143,18 @@ def linear_int8(
     column_sum: torch.Tensor | None,
     activation: int,
     dtype: torch.dtype,
+    output_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (T, N) in ``dtype``; activation: 0 none, 1 erf-GELU, 2 tanh-GELU.
 
     q: (T, K) int8, scale: (T,) fp32.  weight: (N, K) int8, weight_scale: (N,) fp32.  bias: (N,) or
-    None.  offset: (T,) and column_sum: (N,) fp32, or None. All contiguous.
+    None.  offset: (T,) and column_sum: (N,) fp32, or None.  output_scale: (1,) fp32, by which y is
+    divided, rounded and stored in int8 instead, or None. All contiguous.
     """
     num_rows, in_features = q.shape
     out_features = weight.shape[0]
-    y = torch.empty(num_rows, out_features, dtype=dtype, device=q.device)
+    stored = dtype if output_scale is None else torch.int8
+    y = torch.empty(num_rows, out_features, dtype=stored, device=q.device)
     if y.numel() == 0:
         return y
     tile = _config.linear_int8(num_rows, _config.capability(q))
@@ -169,6 +168,7 @@ def linear_int8(
             bias,
             offset,
             column_sum,
+            output_scale,
             y,
             num_rows,
             in_features,

@@ -173,3 +173,12 @@ FLAT = torch.ones(5, dtype=torch.long)
 def test_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_all_tensors_go_to_another_device() -> None:
+    batch = PackedBatch.from_sequences([[1, 2], [3]], token_type_ids=[[0, 1], [0]])
+    moved = batch.to("meta")
+    tensors = {name for name, x in batch.__dict__.items() if isinstance(x, torch.Tensor)}
+    assert tensors == {"input_ids", "token_type_ids", "position_ids", "cu_seqlens", "indices"}
+    assert all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert (moved.lengths, moved.padded_shape) == (batch.lengths, batch.padded_shape)

@@ -88,8 +88,12 @@ class QuantizedEncoder:
         self, batch: PackedBatch, want_hidden: bool
     ) -> tuple[Tensor, list[Tensor] | None]:
         where = batch.cu_seqlens.device
-        tensors = self._get(where, lambda: _copies(self.tensors, where))
-        return torch_path.encode(self.config, tensors, batch, want_hidden)
+        tensors = self._get(
+            where, lambda: torch_path.with_column_sums(_copies(self.tensors, where))
+        )
+        # As in the engine: bf16 between int8 products, and fp32 where the device has no use for it.
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        return torch_path.encode(self.config, tensors, batch, want_hidden, dtype=dtype)
 
     def _get(self, where: torch.device, build: Callable[[], Any]) -> Any:
         found = self._built.get(where)

@@ -54,6 +54,16 @@ def vector(name: str, v: torch.Tensor | None, x: torch.Tensor, size: int) -> Non
         raise ValueError(f"{name}: got {describe(v)}, expected shape ({size},) on {x.device}")
 
 
+def fp32(name: str, v: torch.Tensor | None, size: int, device: torch.device) -> None:
+    """``v`` (or None) is an fp32 vector of ``size`` elements on ``device``."""
+    if v is None:
+        return
+    fits = isinstance(v, torch.Tensor) and v.dtype == torch.float32 and v.shape == (size,)
+    if not fits or v.device != device:
+        expected = f"float32 of shape ({size},) on {device}"
+        raise ValueError(f"{name}: got {describe(v)}, expected {expected}")
+
+
 def ids(name: str, x: torch.Tensor, length: int | str, device: torch.device) -> None:
     """``x`` is an int64 vector of ``length`` on ``device``."""
     if not isinstance(x, torch.Tensor) or x.dtype != torch.int64:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import _check, philox
+from fastbert.ops._matmul import mm
 from fastbert.ops.add_layer_norm import add_residual_reference, layer_norm_reference
 from fastbert.ops.attention import (
     add_bias,
@@ -21,6 +22,7 @@ from fastbert.ops.attention import (
 )
 from fastbert.ops.bias_gelu import bias_gelu_reference
 from fastbert.ops.embed_layer_norm import embed_reference
+from fastbert.ops.linear_fp8 import linear_fp8_reference, quantize_rows_fp8_reference
 from fastbert.ops.linear_int8 import linear_int8_reference, quantize_rows_reference
 from fastbert.ops.rows import gather_rows_reference, scatter_rows_reference
 
@@ -64,6 +66,20 @@ def bias_gelu_bwd(
     u = x if bias is None else x + bias.to(x.dtype)
     dx = torch.ops.aten.gelu_backward(dy, u, approximate="tanh" if tanh else "none")
     return dx, None if bias is None else _wide(dx).sum(0).to(bias.dtype)
+
+
+def feed_forward_fwd(
+    x: Tensor, w1: Tensor, b1: Tensor | None, tanh: bool, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    pre = mm(x, w1.t())
+    return bias_gelu_reference(pre, b1, tanh), pre if save else None
+
+
+def feed_forward_bwd(
+    dy: Tensor, w2: Tensor, pre: Tensor, b1: Tensor | None, tanh: bool, need_y: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dpre, db1 = bias_gelu_bwd(mm(dy, w2), pre, b1, tanh)
+    return dpre, db1, bias_gelu_reference(pre, b1, tanh) if need_y else None
 
 
 def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,3 +186,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def linear_int8(*inputs: Any) -> Tensor:
     return linear_int8_reference(*inputs)
+
+
+def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_rows_fp8_reference(x)
+
+
+def linear_fp8(*inputs: Any) -> Tensor:
+    return linear_fp8_reference(*inputs)
+
+
+def add_layer_norm_int8(
+    x: Tensor, residual: Tensor | None, x_bias: Tensor | None, weight: Tensor, bias: Tensor,
+    multiplier: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    z = add_residual_reference(x, residual, x_bias, 0.0, None, 0)
+    y = layer_norm_reference(z, weight, bias, eps)
+    return y, *quantize_rows_reference(y if multiplier is None else y.float() * multiplier)

@@ -86,6 +86,7 @@ class Op:
         width) that its kernels take, where there is a limit.
     forward_only: backends without the backward half.
     no_bias: backends whose kernels take no additive bias, where the op has one.
+    since: compute capability of the first GPUs that its kernels are for, None for all.
     """
 
     name: str
@@ -94,14 +95,19 @@ class Op:
     max_size: dict[str, int]
     forward_only: tuple[str, ...]
     no_bias: tuple[str, ...]
+    since: tuple[int, int] | None
 
     def launcher(
         self, half: str, x: torch.Tensor, size: int, bias: bool = False
     ) -> Callable[..., Any]:
         """The function that computes ``half`` for an activation like ``x``, ``bias`` with one."""
-        backend = _select(self.name, half, x.device.type, x.dtype, size, bias, _forced, _strict)
+        backend = self.choice(half, x, size, bias)
         function = f"{self.name}_{half}" if "bwd" in self.halves else self.name
         return _launcher(self.modules[backend], function)
+
+    def choice(self, half: str, x: torch.Tensor, size: int, bias: bool = False) -> str:
+        """The name of the backend that ``launcher`` takes."""
+        return _select(self.name, half, x.device.type, x.dtype, size, bias, _forced, _strict)
 
 
 def _op(
@@ -113,6 +119,7 @@ def _op(
     bwd: bool = True,
     forward_only: tuple[str, ...] = (),
     no_bias: tuple[str, ...] = (),
+    since: tuple[int, int] | None = None,
     **limits: int,
 ) -> Op:
     modules = {"cpp": "fastbert.ops._cpp"} if cpp else {}
@@ -120,7 +127,8 @@ def _op(
     if cuda:
         modules["cuda"] = "fastbert.ops._cuda_launch"
     modules["reference"] = "fastbert.ops._reference"
-    return Op(name, ("fwd", "bwd") if bwd else ("fwd",), modules, limits, forward_only, no_bias)
+    halves = ("fwd", "bwd") if bwd else ("fwd",)
+    return Op(name, halves, modules, limits, forward_only, no_bias, since)
 
 
 OPS: dict[str, Op] = {
@@ -135,6 +143,8 @@ OPS: dict[str, Op] = {
             triton=256,
         ),
         _op("bias_gelu", native="bias_gelu", cuda=True),
+        # One product with GELU in its epilogue; ops/feed_forward.py says when it is taken.
+        _op("feed_forward", native="feed_forward", cpp=False),
         _op("add_layer_norm", native="add_layer_norm", cuda=True, triton=16384),
         _op("embed_layer_norm", native="embed_layer_norm", triton=16384),
         _op("cross_entropy_rows", native="cross_entropy", bwd=False),
@@ -143,6 +153,16 @@ OPS: dict[str, Op] = {
         # On CPU int8 belongs to the inference engine, which keeps weights in its own layout.
         _op("quantize_rows", native="linear_int8", cpp=False, bwd=False, triton=16384),
         _op("linear_int8", native="linear_int8", cpp=False, bwd=False),
+        _op(
+            "quantize_rows_fp8",
+            native="linear_fp8",
+            cpp=False,
+            bwd=False,
+            since=(8, 9),
+            triton=16384,
+        ),
+        _op("linear_fp8", native="linear_fp8", cpp=False, bwd=False, since=(8, 9)),
+        _op("add_layer_norm_int8", native="add_layer_norm", cpp=False, bwd=False, triton=16384),
     )
 }
 
@@ -215,7 +235,12 @@ def refusal(
     limit = op.max_size.get(backend)
     if limit is not None and size > limit:
         return f"the {backend} kernel of {op.name} takes sizes up to {limit}, not {size}"
-    return record.reason(device_type)
+    reason = record.reason(device_type)
+    if reason is not None or op.since is None or device_type != "cuda" or backend == "reference":
+        return reason
+    if device.cuda_capability(0) < op.since:
+        return "the {} kernel of {} is for sm_{}{} and later".format(backend, op.name, *op.since)
+    return None
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import _check, philox
-from fastbert.ops._library import differentiable, wants_grad
+from fastbert.ops._library import define, differentiable, wants_grad
 from fastbert.ops._registry import OPS
 
 _OP = OPS["add_layer_norm"]
@@ -37,17 +37,49 @@ def add_layer_norm(
     Statistics in fp32 (fp64 for fp64), variance in two passes over z as rounded to x's dtype.
     Backward keeps z, the mean and 1/std. Raises ValueError for bad shapes, dtypes or dropout_p.
     """
-    _check.activation("x", x, ("T", "H"))
-    hidden = x.shape[1]
-    _check.like("residual", residual, x, tuple(x.shape))
-    _check.vector("weight", weight, x, hidden)
-    _check.vector("bias", bias, x, hidden)
-    _check.vector("x_bias", x_bias, x, hidden)
+    _check_tensors(x, residual, weight, bias, x_bias)
     _check.dropout(dropout_p, dropout_seed, x)
     save = torch.is_grad_enabled() and wants_grad(x, residual, x_bias, weight, bias)
     return _add_layer_norm(
         x, residual, x_bias, weight, bias, eps, dropout_p, dropout_seed, dropout_offset, save
     )[0]
+
+
+def add_layer_norm_int8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    x_bias: torch.Tensor | None = None,
+    multiplier: torch.Tensor | None = None,
+    eps: float = 1e-12,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """add_layer_norm without dropout and, in the same pass, the rows of y for a linear_int8.
+
+    Arguments as in ``add_layer_norm``; multiplier: (H,) fp32, what the rows alone are multiplied by
+    (the inverse of SmoothQuant's s, Xiao et al., arXiv 2211.10438, eq. 3), or None.
+    Returns y (T, H) in x's dtype, and q (T, H) int8, scale and offset (T,) fp32:
+    ``quantize_rows(y.float() * multiplier)``, the same bits.
+    Not differentiable. Raises ValueError for bad shapes or dtypes.
+    """
+    _check_tensors(x, residual, weight, bias, x_bias)
+    _check.fp32("multiplier", multiplier, x.shape[1], x.device)
+    call = _compiled_int8 if torch.compiler.is_compiling() else _launch_int8
+    return call(x, residual, x_bias, weight, bias, multiplier, eps)
+
+
+def _check_tensors(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x_bias: torch.Tensor | None,
+) -> None:
+    _check.activation("x", x, ("T", "H"))
+    _check.like("residual", residual, x, tuple(x.shape))
+    for name, v in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        _check.vector(name, v, x, x.shape[1])
 
 
 def add_residual_reference(
@@ -171,4 +203,33 @@ _add_layer_norm = differentiable(
     backward_fake=_backward_fake,
     save=_save,
     gradients=_gradients,
+)
+
+
+def _launch_int8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (x, residual, x_bias, weight, bias, multiplier)
+    return OPS["add_layer_norm_int8"].launcher("fwd", x, x.shape[1])(
+        *(None if t is None else t.contiguous() for t in tensors), eps
+    )
+
+
+_compiled_int8 = define(
+    "add_layer_norm_int8",
+    "(Tensor x, Tensor? residual, Tensor? x_bias, Tensor weight, Tensor bias, Tensor? multiplier, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_int8,
+    lambda x, *rest: (
+        torch.empty_like(x),
+        torch.empty_like(x, dtype=torch.int8),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
 from fastbert.ops._matmul import autocast_to, mm
+from fastbert.ops._registry import OPS
 from fastbert.ops.bias_gelu import bias_gelu, launch_backward, launch_forward
+
+# The halves, of "fwd" and "bwd", that are one Triton product with GELU in its epilogue, where they
+# can be (see _fuses), instead of a BLAS product and bias_gelu. None until a GPU has shown that a
+# half is faster so: `python bench/run.py --op feed_forward` times each way.
+FUSED: frozenset[str] = frozenset()
 
 # Rows that go through both products at a time when nothing is kept for backward: the (rows, I)
 # intermediate is then one reused buffer that stays in cache, whatever the batch. On CPU a fresh
@@ -33,7 +40,8 @@ def feed_forward(
 
     x: (T, H).  w1: (I, H).  b1: (I,) in that dtype or fp32.  w2: (H, I).  Returns (T, H); under
     autocast in the autocast dtype.  ``approximate`` as in bias_gelu.
-    Backward keeps x and the (T, I) product before the bias, and computes GELU again.
+    Backward keeps x and the (T, I) product before the bias, and computes GELU again. ``FUSED`` says
+    which halves have GELU inside a product, in eager mode.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
@@ -64,6 +72,8 @@ def _inference(
     x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor, tanh: bool
 ) -> torch.Tensor:
     tokens = x.shape[0]
+    if _fuses("fwd", x, w1):
+        return mm(_launch("fwd", x, w1)(x, w1, b1, tanh, False)[0], w2.t())
     rows = _CPU_ROWS if x.device.type == "cpu" else max(1, tokens)
     if tokens <= rows:
         return mm(launch_forward(mm(x, w1.t()), b1, tanh), w2.t())
@@ -86,20 +96,47 @@ class _FeedForward(torch.autograd.Function):
         w2: torch.Tensor,
         tanh: bool,
     ) -> torch.Tensor:
-        pre = mm(x, w1.t())
+        if _fuses("fwd", x, w1):
+            y, pre = _launch("fwd", x, w1)(x, w1, b1, tanh, True)
+        else:
+            pre = mm(x, w1.t())
+            y = launch_forward(pre, b1, tanh)
         ctx.tanh = tanh
         ctx.save_for_backward(x, w1, b1, w2, pre)
-        return mm(launch_forward(pre, b1, tanh), w2.t())
+        return mm(y, w2.t())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, w1, b1, w2, pre = ctx.saved_tensors
         want_x, want_w1, want_b1, want_w2, _ = ctx.needs_input_grad
-        dw2 = mm(dy.t(), launch_forward(pre, b1, ctx.tanh)) if want_w2 else None
-        if not (want_x or want_w1 or want_b1):
-            return None, None, None, dw2, None
-        dpre, db1 = launch_backward(mm(dy, w2), pre, b1, ctx.tanh)
+        through_gelu = want_x or want_w1 or want_b1
+        if through_gelu and _fuses("bwd", dy, w2, pre):
+            dpre, db1, y = _launch("bwd", dy, w2)(dy, w2, pre, b1, ctx.tanh, want_w2)
+            dw2 = mm(dy.t(), y) if want_w2 else None
+            del y  # as wide as pre and dpre: gone before the next products
+        else:
+            dw2 = mm(dy.t(), launch_forward(pre, b1, ctx.tanh)) if want_w2 else None
+            if not through_gelu:
+                return None, None, None, dw2, None
+            dpre, db1 = launch_backward(mm(dy, w2), pre, b1, ctx.tanh)
         dx = mm(dpre, w1) if want_x else None
         dw1 = mm(dpre.t(), x) if want_w1 else None
         return dx, dw1, db1 if want_b1 else None, dw2, None
+
+
+def _fuses(half: str, *matrices: torch.Tensor) -> bool:
+    """Whether ``half`` is to be fused and can be: where Triton computes bias_gelu, in 16 bits, on
+    matrices whose addresses and rows are multiples of 16 bytes."""
+    x = matrices[0]
+    return (
+        half in FUSED
+        and x.element_size() == 2
+        and OPS["bias_gelu"].choice(half, x, x.shape[1]) == "triton"
+        and all(m.is_contiguous() and m.data_ptr() % 16 == 0 for m in matrices)
+        and all(m.shape[1] % 8 == 0 for m in matrices)
+    )
+
+
+def _launch(half: str, x: torch.Tensor, w: torch.Tensor) -> Callable[..., Any]:
+    return OPS["feed_forward"].launcher(half, x, w.shape[1])

@@ -41,19 +41,21 @@ def linear_int8(
     column_sum: torch.Tensor | None = None,
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
+    output_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_tn = act( (sum_k q_tk weight_nk) scale_t weight_scale_n + offset_t column_sum_n + bias_n ).
 
     q: (T, K) int8, scale, offset: (T,) fp32, as quantize_rows makes them.  weight: (N, K) int8,
     weight_scale: (N,) fp32.  column_sum: (N,) fp32, weight_scale_n sum_k weight_nk, from
     ``column_sums``; given if and only if offset is.  bias: (N,) fp32 or None.  activation: "none",
-    "gelu" or "gelu_tanh".
-    Returns (T, N) in ``dtype``. The sum over k is exact in int32, what follows is fp32.
+    "gelu" or "gelu_tanh".  output_scale: (1,) fp32, the scale that the next linear_int8 knows its
+    input by, or None.
+    Returns (T, N) in ``dtype``; with output_scale int8, round(y / output_scale), halves to even,
+    from -127 to 127. The sum over k is exact in int32, what follows is fp32.
     Not differentiable. Raises ValueError for bad shapes, dtypes, devices or ``activation``.
     """
     _int8("q", q, ("T", "K"))
     _int8("weight", weight, ("N", q.shape[1]))
-    fp32 = torch.empty(0, dtype=torch.float32, device=q.device)
     if (offset is None) != (column_sum is None):
         given, missing = ("column_sum", "offset") if offset is None else ("offset", "column_sum")
         raise ValueError(f"{missing}: got None, expected it beside {given}")
@@ -63,8 +65,9 @@ def linear_int8(
         ("column_sum", column_sum, weight.shape[0]),
         ("weight_scale", weight_scale, weight.shape[0]),
         ("bias", bias, weight.shape[0]),
+        ("output_scale", output_scale, 1),
     ):
-        _check.vector(name, v, fp32, size)
+        _check.fp32(name, v, size, q.device)
     if weight.device != q.device:
         raise ValueError(f"weight: got {_check.describe(weight)}, expected it on {q.device}")
     if activation not in _ACTIVATIONS:
@@ -74,8 +77,9 @@ def linear_int8(
         raise ValueError(f"dtype: got {dtype}, expected a floating-point dtype")
     call = _compiled if torch.compiler.is_compiling() else _launch
     return call(
-        q, scale, weight, weight_scale, bias, offset, column_sum, _ACTIVATIONS[activation], dtype
-    )
+        q, scale, weight, weight_scale, bias, offset, column_sum, _ACTIVATIONS[activation], dtype,
+        output_scale,
+    )  # fmt: skip
 
 
 def column_sums(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -116,6 +120,7 @@ def linear_int8_reference(
     column_sum: torch.Tensor | None,
     activation: int,
     dtype: torch.dtype,
+    output_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     sums = (q.double() @ weight.double().t()).float()  # below 2^53, so exact
     shift = torch.zeros_like(weight_scale) if bias is None else bias
@@ -124,6 +129,8 @@ def linear_int8_reference(
     y = sums * (scale[:, None] * weight_scale) + shift
     if activation:
         y = F.gelu(y, approximate="tanh" if activation == _ACTIVATIONS["gelu_tanh"] else "none")
+    if output_scale is not None:
+        return (y * (1 / output_scale)).round().clamp(-127, 127).to(torch.int8)
     return y.to(dtype)
 
 
@@ -134,18 +141,20 @@ def _launch_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def _launch(
     q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
     bias: torch.Tensor | None, offset: torch.Tensor | None, column_sum: torch.Tensor | None,
-    activation: int, dtype: torch.dtype,
+    activation: int, dtype: torch.dtype, output_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     # The table knows floating activations: the output stands for the int8 input.
     like = q.new_empty(0, dtype=dtype)
     tensors = (q, scale, weight, weight_scale, bias, offset, column_sum)
     return OPS["linear_int8"].launcher("fwd", like, q.shape[1])(
-        *(None if x is None else x.contiguous() for x in tensors), activation, dtype
+        *(None if x is None else x.contiguous() for x in tensors), activation, dtype, output_scale
     )
 
 
 def _fake(q: torch.Tensor, scale: Any, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return q.new_empty(q.shape[0], weight.shape[0], dtype=rest[-1])
+    *_, dtype, output_scale = rest
+    stored = dtype if output_scale is None else torch.int8
+    return q.new_empty(q.shape[0], weight.shape[0], dtype=stored)
 
 
 _compiled_rows = define(
@@ -161,7 +170,7 @@ _compiled_rows = define(
 _compiled = define(
     "linear_int8",
     "(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? offset, "
-    "Tensor? column_sum, int activation, ScalarType dtype) -> Tensor",
+    "Tensor? column_sum, int activation, ScalarType dtype, Tensor? output_scale) -> Tensor",
     _launch,
     _fake,
 )

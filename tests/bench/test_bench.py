@@ -38,14 +38,14 @@ def test_every_op_of_the_table_has_a_bench_case() -> None:
 
 
 def test_the_int8_case_is_right_and_names_its_peers() -> None:
-    problem = _load("cases")._int8(64, fused=True)("cpu", torch.float32)
+    problem = _load("cases_products").int8(64)("cpu", torch.float32)
     assert problem.check() <= 1
     assert {"torch Linear + GELU", "torch._int_mm"} <= set(problem.peers)
     problem.ours()
 
 
 def test_a_case_that_fails_parity_reports_no_speed() -> None:
-    run, cases = _load("run"), _load("cases")
+    run, cases, Case = _load("run"), _load("cases"), _load("problem").Case
     case = next(c for c in cases.cases("cpu") if c.op == "gather_rows")
 
     def broken(where: str, dtype: torch.dtype):
@@ -53,9 +53,7 @@ def test_a_case_that_fails_parity_reports_no_speed() -> None:
         problem.check = lambda: 1.5
         return problem
 
-    row = run.measure(
-        cases.Case("gather_rows", "broken", broken), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.1
-    )
+    row = run.measure(Case("gather_rows", "broken", broken), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.1)
     assert "failed" in row and "speedup" not in row and "candidates" not in row
 
 
@@ -71,6 +69,38 @@ def test_run_measures_a_case_and_writes_json(tmp_path: Path) -> None:
     assert result["machine"]["versions"]["torch"] and result["ceilings"]["fp32"]["copy_gb_s"] > 0
     (row,) = result["rows"]
     assert row["speedup"] > 0 and row["error_over_bound"] <= 1
+
+
+def test_a_peer_that_breaks_is_left_out_and_named() -> None:
+    run, problem = _load("run"), _load("problem")
+
+    def broken() -> None:
+        raise RuntimeError("not on this GPU")
+
+    def make(where: str, dtype: torch.dtype):
+        calls = {"good": lambda: None, "bad": broken}
+        return problem.Problem(lambda: torch.ones(2), calls, 8, 0, lambda: 0.5)
+
+    row = run.measure(problem.Case("op", "case", make), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.0)
+    assert set(row["candidates"]) == {"fastbert", "good"} and row["best_peer"] == "good"
+    assert "not on this GPU" in row["left_out"]["bad"] and row["deterministic"]
+
+
+@pytest.mark.parametrize("half", ["fwd", "bwd", "fwd-bwd"])
+def test_halves(half: str) -> None:
+    """Backward alone runs forward once, however often it is called."""
+    problem, calls = _load("problem"), []
+    x = torch.ones(3, requires_grad=True)
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return x * x
+
+    run = problem.half_of(half, square, [x], torch.ones(3))
+    outputs = [run() for _ in range(3)]
+    assert calls == {"fwd": [False] * 3, "bwd": [True], "fwd-bwd": [True] * 3}[half]
+    for out in outputs:
+        assert torch.equal(out if half == "fwd" else out[0], x * x if half == "fwd" else 2 * x)
 
 
 def test_interleave_times_all_and_takes_medians() -> None:

@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 from fastbert.kernels import _config
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
-# A column sum ends with a few values a thread; the loss alone and a rank are one value a row.
-NARROW_STORES = {"sum_partials", "join_chunks", "cross_entropy_rows", "longest_first"}
+# A column sum ends with a few values a thread; the loss alone, a rank and a norm's share are one
+# value a row or program.
+NARROW_STORES = {
+    "sum_partials", "join_chunks", "cross_entropy_rows", "longest_first", "lamb_moments",
+}  # fmt: skip
 
 
 def compile_kernels(tmp_path, *options):
@@ -35,7 +38,11 @@ def matrix_instruction(row):
     if row["kernel"] == "linear_int8":
         # wgmma takes 64 rows or more; Triton has no int8 for sm_100's tcgen05.
         return "IGMMA" if row["arch"] == 90 and row["constants"]["BLOCK_M"] >= 64 else "IMMA"
-    if not row["kernel"].startswith("attention") or row["dtype"] == "fp32":
+    if row["kernel"] == "linear_fp8":
+        # The small tile is widened to fp16 where e4m3 is for the larger instructions alone.
+        large = row["constants"]["BLOCK_M"] >= 64 or row["arch"] == 89
+        return {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}[row["arch"]] if large else "HMMA"
+    if not row["kernel"].startswith(("attention", "feed_forward")) or row["dtype"] == "fp32":
         return None
     if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64:
         return "HMMA"  # too few keys for the larger instructions
@@ -48,13 +55,20 @@ def check(result):
         label = str(row)
         assert row["stack_bytes"] == 0 and row["spill_instructions"] == 0, label
         assert row["shared_bytes"] <= result["shared_limit"][str(row["arch"])], label
-        assert row["load_bits"] >= 128 or row["kernel"] == "longest_first", label
-        assert row["store_bits"] >= 128 or row["kernel"] in NARROW_STORES, label
+        wide_load = row["load_bits"] >= 128 or "UTMALDG" in row["copy_engine"]
+        wide_store = row["store_bits"] >= 128 or "UTMASTG" in row["copy_engine"]
+        of_norms = row["kernel"] == "sum_chunks" and row["case"].startswith("optimizer")
+        assert wide_load or of_norms or row["kernel"] == "longest_first", label
+        few_rows = row["kernel"] == "linear_int8" and row["constants"]["BLOCK_M"] == 16
+        assert wide_store or of_norms or few_rows or row["kernel"] in NARROW_STORES, label
         assert row["matrix_instruction"] == matrix_instruction(row), label
 
 
 def test_bert_base_bf16_on_hopper(tmp_path):
-    check(compile_kernels(tmp_path, "--base", "--arch", "90", "--dtype", "bf16"))
+    result = compile_kernels(tmp_path, "--base", "--arch", "90", "--dtype", "bf16")
+    check(result)
+    engines = [r["copy_engine"] for r in result["kernels"] if r["kernel"].startswith("feed_f")]
+    assert engines and all(engine == ["UTMALDG", "UTMASTG"] for engine in engines)
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import feed_forward
+from fastbert.ops import _registry, feed_forward, use_backend
 
 from ._parity import (
     Function,
@@ -119,6 +121,72 @@ def test_gradcheck(cpu_backend: str, approximate: str) -> None:
     draw = Draw(Target(cpu_backend, "cpu", torch.float64, torch.float64))
     inputs = [x.requires_grad_() for x in example(draw, 3, 4, 5).values()]
     assert torch.autograd.gradcheck(ours(approximate), inputs)
+
+
+# ------------------------------------------------------------- GELU in a product's epilogue
+
+module = importlib.import_module("fastbert.ops.feed_forward")  # the package has its function so
+HALVES = [frozenset({"fwd"}), frozenset({"bwd"}), frozenset({"fwd", "bwd"})]
+each_fusion = pytest.mark.parametrize("fused", HALVES, ids=lambda halves: "+".join(sorted(halves)))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        t
+        for t in targets("bias_gelu", vectors=True, only=(torch.bfloat16, torch.float16))
+        if t.values[0].backend == "triton"
+    ],
+    indirect=True,
+)
+@each_fusion
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("size", [*SIZES, (1000, 768, 3072)], ids=str)
+def test_parity_of_the_fused_halves(
+    target: Target, fused: frozenset, size: tuple[int, int, int], approximate: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "FUSED", fused)
+    draw = Draw(target)
+    inputs, grad = example(draw, *size), draw(*size[:2])
+    check_parity(ours(approximate), plain(approximate), inputs, grad)
+
+
+@each_fusion
+def test_the_fused_halves_by_their_reference(
+    fused: frozenset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same gradients whichever half is fused, each alone or all; and nothing where only w2's is
+    wanted."""
+    monkeypatch.setattr(module, "_fuses", lambda half, *matrices: half in fused)
+    draw = Draw(Target("reference", "cpu", torch.float64, torch.float64))
+    inputs, grad = example(draw, 65, 64, 96), draw(65, 64)
+    with use_backend("reference"):
+        check_parity(ours(), plain(), inputs, grad)
+        check_each_gradient_alone(ours(), inputs, grad)
+        check_results(
+            {"out": ours()(**inputs)}, *[{"out": plain()(**inputs)}] * 2, dtype=torch.float64
+        )
+
+
+def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing unless asked for; then only what the kernels' descriptors take, where Triton is."""
+    x, w = torch.ones(4, 16, dtype=torch.bfloat16), torch.ones(24, 16, dtype=torch.bfloat16)
+    chosen = "triton"
+    monkeypatch.setattr(_registry.Op, "choice", lambda *args: chosen)
+    assert not module.FUSED and not module._fuses("fwd", x, w)
+    monkeypatch.setattr(module, "FUSED", frozenset({"fwd"}))
+    assert module._fuses("fwd", x, w) and not module._fuses("bwd", x, w)
+    narrow = torch.ones(24, 12, dtype=torch.bfloat16)
+    shifted = torch.ones(65, dtype=torch.bfloat16)[1:].view(4, 16)
+    for other in (x.float(), x.double(), x.t().contiguous().t(), narrow, shifted):
+        assert (
+            not module._fuses("fwd", other, w)
+            and not module._fuses("fwd", x, other.to(w))
+            or other.dtype != w.dtype
+        )
+    chosen = "cuda"
+    assert not module._fuses("fwd", x, w)
 
 
 @pytest.mark.parametrize(

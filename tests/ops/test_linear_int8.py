@@ -87,6 +87,24 @@ def test_epilogue(target: Target, activation: str, with_bias: bool) -> None:
 
 
 @on_every_target
+def test_output_in_int8(target: Target) -> None:
+    """By a scale known beforehand: what rounds by hand from the output in fp32."""
+    draw = Draw(target)
+    q, weight = random_int8(33, 64).to(target.device), random_int8(50, 64, seed=1).to(target.device)
+    scale, weight_scale, bias = draw(33).float(), draw(50, scale=1e-4).float(), draw(50).float()
+    wide = linear_int8(q, scale, weight, weight_scale, bias, activation="gelu")
+    step = wide.abs().max()[None] / 150  # some of it out of range
+    got = linear_int8(
+        q, scale, weight, weight_scale, bias,
+        activation="gelu", dtype=target.dtype, output_scale=step,
+    )  # fmt: skip
+    inverse = np.float32(1) / step.cpu().numpy()
+    expected = np.clip(np.rint(wide.cpu().numpy() * inverse), -127, 127)
+    assert got.dtype == torch.int8
+    np.testing.assert_array_equal(got.cpu().numpy(), expected.astype(np.int8))
+
+
+@on_every_target
 def test_a_linear_through_int8_is_off_by_half_a_step_at_most(target: Target) -> None:
     """|y - y_int8| <= sum_k |x| d_w + |w| d_x + d_x d_w, d half a step of each."""
     draw = Draw(target)
@@ -120,6 +138,8 @@ def test_a_linear_through_int8_is_off_by_half_a_step_at_most(target: Target) -> 
         ("offset", {"column_sum": torch.ones(5)}),
         ("offset", {"offset": torch.ones(5), "column_sum": torch.ones(5)}),
         ("column_sum", {"offset": torch.ones(3), "column_sum": torch.ones(3)}),
+        ("output_scale", {"output_scale": torch.ones(5)}),
+        ("output_scale", {"output_scale": torch.ones(1, dtype=torch.float64)}),
         ("activation", {"activation": "relu"}),
         ("dtype", {"dtype": torch.int32}),
     ],

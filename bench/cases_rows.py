@@ -1,0 +1,247 @@
+"""Memory-bound ops: GELU, LayerNorm, embeddings, rows to 8 bits, gathered rows, optimisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from optimizers import optimizer_step
+from problem import Case, Problem, Tensor, check_against, compiled, found, half_of, leaf
+
+from fastbert import ops
+
+Make = Callable[[str, torch.dtype], Problem]
+HIDDEN, INNER, VOCABULARY = 768, 3072, 30522
+
+
+def cases(where: str, tokens: int) -> Iterator[Case]:
+    for half in ("fwd", "bwd", "fwd-bwd") if where == "cuda" else ("fwd", "fwd-bwd"):
+        yield Case("bias_gelu", f"base-{tokens}-{half}", _bias_gelu(tokens, half))
+        for dropout in (0.0, 0.1):
+            name = f"base-{tokens}-{half}" + "-dropout" * bool(dropout)
+            yield Case("add_layer_norm", name, _add_layer_norm(tokens, half, dropout))
+        yield Case("embed_layer_norm", f"base-{tokens}-{half}", _embed(tokens, half))
+    yield Case("gather_rows", f"base-{tokens}-half", _gather(tokens))
+    yield Case("scatter_rows", f"base-{tokens}-half", _scatter(tokens))
+    if where == "cuda":
+        yield Case("quantize_rows", f"base-{tokens}", _quantize_rows(tokens))
+        yield Case("quantize_rows_fp8", f"base-{tokens}", _quantize_rows_fp8(tokens))
+        yield Case("add_layer_norm_int8", f"base-{tokens}", _add_layer_norm_int8(tokens))
+    for kind in ("adamw", "adamw-clip", "lamb"):
+        yield Case("optimizer", f"base-{kind}", _optimizer(kind))
+
+
+def _pointwise(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    inputs: list[Tensor],
+    traffic: tuple[int, int],
+    half: str,
+    peers: dict[str, Callable[..., Tensor]] | None = None,
+    checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
+) -> Problem:
+    """traffic: activations moved in forward and in backward, in elements of the first input.
+    checked: what parity is shown of, where ours and plain draw dropout of their own."""
+    dy = torch.randn_like(inputs[0])
+    functions = {"torch eager": plain, "torch.compile": compiled(plain), **(peers or {})}
+    moved = {"fwd": traffic[0], "bwd": traffic[1], "fwd-bwd": sum(traffic)}[half]
+    return Problem(
+        half_of(half, ours, inputs, dy),
+        {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
+        moved * inputs[0].numel() * inputs[0].element_size(),
+        0,
+        lambda: check_against(*(checked or (ours, plain)), inputs, dy),
+    )
+
+
+def _bias_gelu(tokens: int, half: str) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x, bias = (leaf(*s, where=where, dtype=dtype) for s in ((tokens, INNER), (INNER,)))
+        return _pointwise(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], (2, 3), half)
+
+    return make
+
+
+def _add_layer_norm(tokens: int, half: str, dropout: float) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        shapes = ((tokens, HIDDEN), (tokens, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,))
+        inputs = [leaf(*s, where=where, dtype=dtype) for s in shapes]
+        seed = torch.randint(2**62, (1,), device=where)
+
+        def ours(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return ops.add_layer_norm(x, r, w, b, x_bias=xb)
+
+        def dropped(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return ops.add_layer_norm(x, r, w, b, x_bias=xb, dropout_p=dropout, dropout_seed=seed)
+
+        def plain(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return F.layer_norm(r + F.dropout(x + xb, dropout), (HIDDEN,), w, b, 1e-12)
+
+        def exact(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return F.layer_norm(r + (x + xb), (HIDDEN,), w, b, 1e-12)
+
+        # In forward x and the residual read, y and (with a backward to come) z written; in backward
+        # dy and z read, dz written, and with dropout dx beside it.
+        forward = 3 if half == "fwd" else 4
+        return _pointwise(
+            dropped if dropout else ours, plain if dropout else exact, inputs,
+            (forward, 4 if dropout else 3), half, _layer_norms(where, dtype, dropout),
+            (ours, exact),
+        )  # fmt: skip
+
+    return make
+
+
+def _layer_norms(
+    where: str, dtype: torch.dtype, dropout: float
+) -> dict[str, Callable[..., Tensor]]:
+    """Other projects' LayerNorm kernels, with what they leave to torch beside them."""
+    peers: dict[str, Callable[..., Tensor]] = {}
+    if where != "cuda":
+        return peers
+    flash = found("flash_attn.ops.triton.layer_norm:layer_norm_fn")
+    if flash is not None:
+
+        def by_flash(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return flash(x + xb, w, b, residual=r, eps=1e-12, dropout_p=dropout)
+
+        peers["flash-attn Triton LN"] = by_flash
+    liger = found("liger_kernel.ops.layer_norm:LigerLayerNormFunction")
+    if liger is not None:
+
+        def by_liger(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
+            return liger.apply(r + F.dropout(x + xb, dropout), w, b, 1e-12)
+
+        peers["Liger"] = by_liger
+    return peers
+
+
+def _embed(tokens: int, half: str) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        shapes = ((VOCABULARY, HIDDEN), (512, HIDDEN), (2, HIDDEN), (HIDDEN,), (HIDDEN,))
+        tables = [leaf(*s, where=where, dtype=dtype) for s in shapes]
+        ids = torch.randint(VOCABULARY, (tokens,), device=where)
+        places = torch.arange(tokens, device=where) % 128
+        types = torch.randint(2, (tokens,), device=where)
+        dy = torch.randn(tokens, HIDDEN, device=where).to(dtype)
+
+        def ours(*t: Tensor) -> Tensor:
+            return ops.embed_layer_norm(ids, places, types, *t)
+
+        def plain(word: Tensor, position: Tensor, kind: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            e = F.embedding(ids, word) + F.embedding(places, position) + F.embedding(types, kind)
+            return F.layer_norm(e, (HIDDEN,), w, b, 1e-12)
+
+        forward, backward = 2 * tokens * HIDDEN, 2 * tokens * HIDDEN + VOCABULARY * HIDDEN
+        moved = {"fwd": forward, "bwd": backward, "fwd-bwd": forward + backward}[half]
+        functions = {"torch eager": plain, "torch.compile": compiled(plain)}
+        return Problem(
+            half_of(half, ours, tables, dy),
+            {name: half_of(half, function, tables, dy) for name, function in functions.items()},
+            moved * dy.element_size(),
+            0,
+            lambda: check_against(ours, plain, tables, dy),
+        )
+
+    return make
+
+
+def _gather(tokens: int) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x = torch.randn(tokens, HIDDEN, device=where).to(dtype)
+        index = torch.arange(0, tokens, 2, device=where)
+        return Problem(
+            torch.no_grad()(lambda: ops.gather_rows(x, index)),
+            {"torch index_select": lambda: x.index_select(0, index)},
+            x.numel() * x.element_size(),
+            0,
+            lambda: float(not torch.equal(ops.gather_rows(x, index), x[index])) * 2,
+        )
+
+    return make
+
+
+def _scatter(tokens: int) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x = torch.randn(tokens // 2, HIDDEN, device=where).to(dtype)
+        index = torch.arange(0, tokens, 2, device=where)
+
+        def peer() -> Tensor:
+            return x.new_zeros(tokens, HIDDEN).index_copy_(0, index, x)
+
+        return Problem(
+            torch.no_grad()(lambda: ops.scatter_rows(x, index, tokens)),
+            {"torch zeros + index_copy": peer},
+            3 * x.numel() * x.element_size(),
+            0,
+            lambda: float(not torch.equal(ops.scatter_rows(x, index, tokens), peer())) * 2,
+        )
+
+    return make
+
+
+def _quantize_rows(tokens: int) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x = torch.randn(tokens, HIDDEN, device=where).to(dtype)
+
+        def plain() -> Tensor:
+            low, high = x.float().aminmax(dim=1, keepdim=True)
+            return ((x - (low + high) / 2) * (254 / (high - low))).round().to(torch.int8)
+
+        def check() -> float:
+            q, scale, offset = ops.quantize_rows(x)
+            step = (q * scale[:, None] + offset[:, None] - x).abs() / scale[:, None]
+            return float(step.max()) / 0.501  # half a step, and what fp32 rounds
+
+        peers = {"torch eager": plain, "torch.compile": compiled(plain)}
+        moved = x.numel() * (x.element_size() + 1)
+        return Problem(torch.no_grad()(lambda: ops.quantize_rows(x)), peers, moved, 0, check)
+
+    return make
+
+
+def _quantize_rows_fp8(tokens: int) -> Make:
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x = torch.randn(tokens, HIDDEN, device=where).to(dtype)
+
+        def plain() -> Tensor:
+            return (x * (448 / x.float().abs().amax(1, keepdim=True))).to(torch.float8_e4m3fn)
+
+        def check() -> float:
+            q, scale = ops.quantize_rows_fp8(x)
+            exact = x.double() / scale.double()[:, None]
+            return float(((q.double() - exact).abs() / exact.abs().clamp_min(2**-6)).max()) / 0.0626
+
+        peers = {"torch eager": plain, "torch.compile": compiled(plain)}
+        moved = x.numel() * (x.element_size() + 1)
+        return Problem(torch.no_grad()(lambda: ops.quantize_rows_fp8(x)), peers, moved, 0, check)
+
+    return make
+
+
+def _add_layer_norm_int8(tokens: int) -> Make:
+    """Beside our own two kernels, whose work it does in one."""
+
+    def make(where: str, dtype: torch.dtype) -> Problem:
+        x, residual = (torch.randn(tokens, HIDDEN, device=where).to(dtype) for _ in range(2))
+        w, b = torch.randn(2, HIDDEN, device=where)
+
+        def two() -> Tensor:
+            return ops.quantize_rows(ops.add_layer_norm(x, residual, w, b))[0]
+
+        def check() -> float:
+            return 2.0 * float(
+                not torch.equal(ops.add_layer_norm_int8(x, residual, w, b)[1], two())
+            )
+
+        ours = torch.no_grad()(lambda: ops.add_layer_norm_int8(x, residual, w, b))
+        moved = x.numel() * (3 * x.element_size() + 1)
+        peers = {"add_layer_norm, quantize_rows": torch.no_grad()(two)}
+        return Problem(ours, peers, moved, 0, check)
+
+    return make
+
+
+def _optimizer(kind: str) -> Make:
+    return lambda where, dtype: Problem(*optimizer_step(kind, where, dtype))
