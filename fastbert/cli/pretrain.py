@@ -56,6 +56,9 @@ def pretrain(
     workers: Annotated[int, typer.Option(help="Processes that make batches.", min=0)] = 1,
     evaluate_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 500,
     save_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 500,
+    log: Annotated[
+        str | None, typer.Option(help="tensorboard or wandb, beside OUT/log.jsonl.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     demo: Annotated[
         bool,
@@ -74,7 +77,8 @@ def pretrain(
     """Pretrain a BERT on a corpus, or go on with one, in the way of a published recipe.
 
     A preset is a set of options: the others here change one of them each. The result in OUT/model
-    is a Hugging Face folder. Under `accelerate launch` or torchrun it runs on several devices.
+    is a Hugging Face folder. Under `accelerate launch` or torchrun it runs on several devices; with
+    `accelerate launch --use_fsdp --fsdp_version 2` these hold a part of the model each.
     """
     if list_all:
         return _print_list()
@@ -104,7 +108,7 @@ def pretrain(
         minutes = 10.0
     setting = Setting(
         steps=steps, minutes=minutes, batch_tokens=batch_tokens, precision=precision, seed=seed,
-        workers=workers, evaluate_every=evaluate_every, save_every=save_every,
+        workers=workers, evaluate_every=evaluate_every, save_every=save_every, tracker=log,
     )  # fmt: skip
     with _Shown(hidden=as_json) as shown:
         last = run(corpus, out, options, setting, init=init, resume=resume, tell=shown.tell)
@@ -159,17 +163,18 @@ def _print_list() -> None:
 
 
 class _Shown:
-    """A progress bar with the losses, the rate and the time that is left."""
+    """A progress bar with the losses, what is right, the rate and the time that is left."""
 
     def __init__(self, hidden: bool) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(),
+            BarColumn(20), TextColumn("{task.percentage:3.0f}%  {task.description}"),
             console=Console(stderr=True), disable=hidden,
         )  # fmt: skip
         self._task = self._bars.add_task("starting", total=1.0)
+        self._begun = False
 
     def __enter__(self) -> _Shown:
         self._bars.start()
@@ -181,16 +186,37 @@ class _Shown:
     def tell(self, trainer: Any, noted: dict[str, Any]) -> None:
         if not trainer.accelerator.is_main_process:
             return
+        if not self._begun:
+            self._begun, peak = True, trainer.meter.peak
+            self._print(f"MFU is of {peak.flop_s / 1e12:.4g} TFLOP/s ({peak.source})")
         if noted["kind"] == "validation":
             text = ", ".join(
                 f"{name}: loss {x['loss']:.3f} (perplexity {x['perplexity']:.1f}), right "
                 f"{x['accuracy']:.1%} (by chance {x['chance']:.1%})"
                 for name, x in noted["validation"].items()
             )
-            self._bars.console.print(f"step {noted['step']:,}, held out: {text}", highlight=False)
-            return
-        rate = noted["tokens"] / max(noted["seconds"], 1e-9)
-        known = ("step", "kind", "lr", "loss", "seconds", "tokens")
-        losses = " ".join(f"{k} {x:.3f}" for k, x in noted.items() if k not in known)
-        text = f"step {noted['step']:,} {losses} {rate:,.0f} tok/s"
+            return self._print(f"step {noted['step']:,}, held out: {text}")
+        text = progress_line(noted, trainer.seconds_left)
         self._bars.update(self._task, completed=trainer.part_done, description=text)
+
+    def _print(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False)
+
+
+def progress_line(noted: dict[str, Any], seconds_left: float) -> str:
+    """``step 1,230 mlm 5.021 (right 18.4%) 41,870 tok/s MFU 61.2% ETA 3:05`` of a line of the log:
+    the loss by objective, and what it gets right where it was measured."""
+    right = noted.get("accuracy", {})
+    known = ("step", "kind", "lr", "loss", "accuracy", "tokens_per_s", "mfu", "seconds", "tokens")
+    losses = [
+        f"{name} {loss:.3f}" + (f" (right {right[name]:.1%})" if name in right else "")
+        for name, loss in noted.items()
+        if name not in known
+    ]
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return (
+        f"step {noted['step']:,} {' '.join(losses)} {noted['tokens_per_s']:,.0f} tok/s "
+        f"MFU {noted['mfu']:.1%} ETA {left}"
+    )

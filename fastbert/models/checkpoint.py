@@ -42,6 +42,7 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 # Modules that a task adds to the encoder. A model may lack the checkpoint's, and bring its own.
 _HEADS = ("bert.pooler", "cls.predictions", "cls.seq_relationship", "classifier", "qa_outputs")
+_TASK_HEADS = tuple(head + "." for head in _HEADS if head != "bert.pooler")
 _BODY = ("embeddings.", "encoder.", "pooler.")
 # Buffers that older versions of transformers saved among the weights.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -58,15 +59,18 @@ def load(
     folder: str | Path,
     dtype: torch.dtype | None,
     config_changes: Mapping[str, Any],
+    new_head: bool = False,
 ) -> Model:
     """A ``cls`` with the config and weights of ``folder``: BertPreTrained.from_pretrained."""
     folder = Path(folder)
     config = load_config(folder).replace(**config_changes)
-    file, stored = _read_weights(folder)
+    file, stored = read_weights(folder)
+    if new_head:
+        stored = {name: x for name, x in stored.items() if not name.startswith(_TASK_HEADS)}
     with torch.device("meta"):
         model = cls(config)
     tensors = _with_names_of(model, file, stored)
-    new_heads = _account_for(model, file, tensors)
+    new_heads = _account_for(model, file, tensors, logging.INFO if new_head else logging.WARNING)
     _allocate(model, dtype or _common_dtype(tensors))
     for head in new_heads:
         model.initialise(model.get_submodule(head))
@@ -93,7 +97,7 @@ def load_config(folder: Path) -> BertConfig:
     return BertConfig.from_json(path)
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The file that was found, and all tensors by their names in it."""
     for name in _WEIGHT_FILES:
         path = folder / name
@@ -178,8 +182,11 @@ def _settle_tie(file: Path, tensors: dict[str, Tensor], alias: str, owner: str) 
         )
 
 
-def _account_for(model: BertPreTrained, file: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """Check that names and shapes are the model's, but for heads; returns those to initialise."""
+def _account_for(
+    model: BertPreTrained, file: Path, tensors: dict[str, Tensor], level: int
+) -> list[str]:
+    """Check that names and shapes are the model's, but for heads; returns those to initialise, each
+    of which is a message of this ``level``."""
     tied = model.tied if model.config.tie_word_embeddings else {}
     wanted = {name: p.shape for name, p in model.state_dict().items() if name not in tied}
     heads = [head if hasattr(model, "bert") else head.removeprefix("bert.") for head in _HEADS]
@@ -188,7 +195,7 @@ def _account_for(model: BertPreTrained, file: Path, tensors: dict[str, Tensor]) 
         in_model = {name for name in wanted if name.startswith(head + ".")}
         in_file = {name for name in tensors if name.startswith(head + ".")}
         if in_model and not in_file:
-            _log.warning("%s: holds no %s: initialised at random, to be trained", file, head)
+            _log.log(level, "%s: holds no %s: initialised at random, to be trained", file, head)
             new_heads.append(head)
             for name in in_model:
                 del wanted[name]

@@ -42,12 +42,16 @@ class QuantizedBert(BertModel):
         self.pooler = pooler
 
     def encode(
-        self, batch: PackedBatch, want_hidden: bool, want_attentions: bool
+        self,
+        batch: PackedBatch,
+        want_hidden: bool,
+        want_attentions: bool,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor] | None, list[Tensor] | None]:
         if want_attentions:
             raise ValueError("output_attentions: a quantised model does not keep its attentions")
         x, hidden = self.quantized_encoder(batch, want_hidden)
-        return x, hidden, None
+        return x if rows is None else x[rows], hidden, None
 
 
 class NativeSource:

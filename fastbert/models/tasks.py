@@ -175,6 +175,7 @@ class BertForNextSentencePrediction(BertPreTrained):
             batch=edge.batch,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            first_tokens=True,
         )
         logits = self.cls.seq_relationship(encoded.pooler_output)
         loss = None if labels is None else class_loss("labels", logits, labels)
@@ -218,6 +219,7 @@ class BertForSequenceClassification(BertPreTrained):
             batch=edge.batch,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            first_tokens=True,
         )
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None if labels is None else sequence_loss(self.config, logits, labels)
@@ -371,6 +373,7 @@ class BertForMultipleChoice(BertPreTrained):
             batch=edge.batch,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            first_tokens=True,
         )
         scores = self.classifier(self.dropout(encoded.pooler_output)).view(-1, num_choices)
         loss = None if labels is None else class_loss("labels", scores, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import ACTIVATIONS, BertConfig
 from fastbert.nn.layer import LayerParts, Pass, encoder_layer, run_layers
+from fastbert.ops import gather_rows
 from fastbert.packed import PackedBatch
 
 _UNFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "silu": F.silu}
@@ -73,7 +75,8 @@ class BertLayer(nn.Module):
         self.activation = activation(config)
 
     def forward(self, x: torch.Tensor, batch: PackedBatch, run: Pass, index: int) -> torch.Tensor:
-        """(T, H) -> (T, H). index: the layer's depth, which fixes what dropout drops."""
+        """(T, H) -> (T, H), or (R, H) for the R rows of ``run``. index: the layer's depth, which
+        fixes what dropout drops."""
         attention = self.attention
         parts = LayerParts(
             query=attention.self.query,
@@ -90,7 +93,9 @@ class BertLayer(nn.Module):
             attention_output_dropout=attention.output.dropout,
             output_dropout=self.output.dropout,
         )
-        return encoder_layer(parts, x, batch, run, index, self.training)
+        return encoder_layer(
+            parts, x, batch, run, index, self.training, bias=run.bias, rows=run.rows
+        )
 
 
 class BertEncoder(nn.Module):
@@ -108,9 +113,20 @@ class BertEncoder(nn.Module):
     def forward(
         self, x: torch.Tensor, batch: PackedBatch, run: Pass, want_hidden: bool = False
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """(T, H) -> the last hidden state (T, H) and, if wanted, all L + 1 of them."""
-        layers: Any = self.layer
+        """(T, H) -> the last hidden state, (T, H) or (R, H) for R rows, and, if wanted, all L + 1.
+
+        Only the last layer is shown ``run.rows``: those before it are read by attention.
+        """
+        layers: Any = list(self.layer)
         if self.gradient_checkpointing and self.training and run.attentions is None:
             # A layer computed twice would hand in its attention probabilities twice.
             layers = [partial(checkpoint, layer, use_reentrant=False) for layer in layers]
-        return run_layers(layers, x, batch, run, want_hidden)
+        if run.rows is None:
+            return run_layers(layers, x, batch, run, want_hidden)
+        if not layers:
+            x = gather_rows(x, run.rows)
+            return x, [x] if want_hidden else None
+        *inner, last = layers
+        x, hidden = run_layers(inner, x, batch, replace(run, rows=None), want_hidden)
+        x = last(x, batch, run, len(inner))
+        return x, None if hidden is None else [*hidden, x]

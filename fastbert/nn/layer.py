@@ -8,7 +8,7 @@ FSDP and a LoRA that wraps one of the Linears all act as they do on the original
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from fastbert.ops import (
     bias_gelu,
     embed_layer_norm,
     feed_forward,
+    gather_rows,
     linear,
     qkv_linear,
 )
@@ -57,15 +58,19 @@ class Pass:
     """What one forward pass carries from layer to layer beside the tokens.
 
     dropout_seed: int64 (1,), drawn once a pass; None when nothing is dropped. Each site of the
-    model
-        has its own offset in that stream: 0 the embeddings, 1 + 3 l + {0, 1, 2} those of layer l,
-        so a layer that gradient checkpointing computes again drops the same elements.
+        model has its own offset in that stream: 0 the embeddings, 1 + 3 l + {0, 1, 2} those of
+        layer l, so a layer that gradient checkpointing computes again drops the same elements.
     attentions: when not None, layers compute attention by the reference and append their
         probabilities, padded (B, N, S, S).
+    bias: what every layer's attention adds to its scores, see ``fastbert.ops.attention``, or None.
+    rows: (R,) int64, ascending: the packed tokens that the last layer goes on with behind its
+        attention, which still sees all; None for all of them.
     """
 
     dropout_seed: Tensor | None = None
-    attentions: list[Tensor] | None = field(default=None)
+    attentions: list[Tensor] | None = None
+    bias: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def new_pass(module: nn.Module, device: torch.device, want_attentions: bool = False) -> Pass:
@@ -111,17 +116,17 @@ def _project_qkv(parts: LayerParts, x: Tensor) -> Tensor:
     return torch.cat([m(x) for m in linears], 1)
 
 
-def _attend(parts: LayerParts, qkv: Tensor, batch: PackedBatch, run: Pass, p: float,
-            offset: int) -> Tensor:  # fmt: skip
+def _attend(parts: LayerParts, qkv: Tensor, batch: PackedBatch, run: Pass, p: float, offset: int,
+            bias: Tensor | None) -> Tensor:  # fmt: skip
     seed = run.dropout_seed if p > 0.0 else None
     if run.attentions is None:
         return attention(
             qkv, batch.cu_seqlens, batch.max_seqlen,
-            dropout_p=p, dropout_seed=seed, dropout_offset=offset,
+            dropout_p=p, dropout_seed=seed, dropout_offset=offset, bias=bias,
         )[0]  # fmt: skip
     scale = parts.head_dim**-0.5
     out, _, probabilities = attention_reference(
-        qkv, batch.cu_seqlens, batch.max_seqlen, scale, p, seed, offset
+        qkv, batch.cu_seqlens, batch.max_seqlen, scale, p, seed, offset, bias
     )
     run.attentions.append(_padded_probabilities(probabilities, qkv, batch))
     return out
@@ -167,19 +172,33 @@ def _add_norm(norm: Any, y: Tensor, residual: Tensor, y_bias: Tensor | None, run
 
 
 def encoder_layer(
-    parts: LayerParts, x: Tensor, batch: PackedBatch, run: Pass, index: int, training: bool
+    parts: LayerParts,
+    x: Tensor,
+    batch: PackedBatch,
+    run: Pass,
+    index: int,
+    training: bool,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """h = LN(x + dropout(attention(x) W_o + b_o)); y = LN(h + dropout(gelu(h W_1 + b_1) W_2 + b_2))
     (Vaswani et al., arXiv 1706.03762, section 3.1; Devlin et al., arXiv 1810.04805).
 
-    x: (T, H).  index: depth of the layer, which fixes its dropout offsets.  Returns (T, H).
+    x: (T, H).  index: depth of the layer, which fixes its dropout offsets.
+    bias, rows: as in Pass, for this layer. What comes behind attention looks at one token at a
+        time, so y is computed for some ``rows`` exactly; but its dropout is a function of the
+        row's number among those computed, and so falls otherwise than for all tokens.
+    Returns (T, H), or (R, H) for R rows.
     """
     tokens, site = x.shape[0], 1 + 3 * index
     qkv = _project_qkv(parts, x)
     qkv = qkv.view(tokens, 3, qkv.shape[1] // (3 * parts.head_dim), parts.head_dim)
     p = dropout_p(parts.attention_dropout, training)
-    context = _attend(parts, qkv, batch, run, p, site)
-    a, a_bias = project(parts.attention_output, context.flatten(1))
+    context = _attend(parts, qkv, batch, run, p, site, bias).flatten(1)
+    if rows is not None:
+        x, context = gather_rows(x, rows), gather_rows(context, rows)
+    a, a_bias = project(parts.attention_output, context)
     p = dropout_p(parts.attention_output_dropout, training)
     h = _add_norm(parts.attention_norm, a, x, a_bias, run, p, site + 1)
     y, y_bias = _feed_forward(parts, h)

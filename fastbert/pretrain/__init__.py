@@ -81,10 +81,11 @@ from fastbert.pretrain.objectives import (
 from fastbert.pretrain.options import Options, Phase
 from fastbert.pretrain.presets import PRESETS, Preset, preset
 from fastbert.pretrain.run import pretrain
-from fastbert.pretrain.setting import NotFinite, Setting
+from fastbert.pretrain.setting import Setting
 from fastbert.pretrain.sources import Source
 from fastbert.pretrain.stacking import stack
 from fastbert.pretrain.trainer import Trainer
+from fastbert.train.errors import NotFinite
 
 __all__ = [
     "OBJECTIVES",

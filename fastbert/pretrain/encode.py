@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastbert.models import BertModel
-from fastbert.nn import BertLayer
-from fastbert.nn.layer import LayerParts, Pass, dropout_p, new_pass, project
-from fastbert.nn.layer import _add_norm as add_norm
-from fastbert.nn.layer import _feed_forward as feed_forward
-from fastbert.nn.layer import _project_qkv as project_qkv
-from fastbert.ops import attention, gather_rows
+from fastbert.nn.layer import new_pass
 from fastbert.packed import PackedBatch
 from fastbert.pretrain.collate import PretrainingBatch
 
@@ -55,16 +48,15 @@ def attention_bias(seen: Tensor, batch: PackedBatch) -> Tensor:
 def encode(bert: BertModel, batch: PretrainingBatch) -> Tensor:
     """The last hidden state, (R, H), of the rows that the batch asks for, or of all T tokens.
 
-    ``bert`` has PretrainingLayers (``prepare_encoder``). Without rows and visibility this is
-    ``bert.encode``; with rows the same numbers for fewer of them, but that dropout falls otherwise.
+    Without visibility this is ``bert.encode``. With rows the last layer leaves out what comes
+    behind attention for the others, in BERT-base three quarters of its products where few are
+    asked for: the same numbers, but that dropout falls otherwise.
     """
     inputs = batch.inputs
-    device = inputs.cu_seqlens.device
     bias = None
     if batch.visibility is not None:
         bias = attention_bias(batch.visibility, inputs)
-    last = len(bert.encoder.layer) - 1
-    run = PretrainingPass(new_pass(bert, device).dropout_seed, None, batch.rows, bias, last)
+    run = replace(new_pass(bert, inputs.cu_seqlens.device), bias=bias, rows=batch.rows)
     x = bert.embeddings(_as_single_tokens(inputs) if bias is not None else inputs, run)
     x, _ = bert.encoder(x, inputs, run)
     return x
@@ -80,85 +72,3 @@ def _as_single_tokens(inputs: PackedBatch) -> PackedBatch:
         token_type_ids=inputs.token_type_ids,
         position_ids=inputs.position_ids,
     )
-
-
-@dataclass
-class PretrainingPass(Pass):
-    """A Pass that also carries
-
-    rows: (R,) the tokens that the last layer, number ``last``, goes on with after its attention.
-    bias: (1, T, max_seqlen), added to the scores of attention in every layer.
-    """
-
-    rows: Tensor | None = None
-    bias: Tensor | None = None
-    last: int = -1
-
-
-class PretrainingLayer(BertLayer):
-    """A BertLayer that heeds what a PretrainingPass carries; it takes over the parts of another.
-
-    Keys and values come from all tokens; what comes behind attention looks at one row at a time, so
-    the last layer computes it for the rows that are asked for alone: in BERT-base a quarter of a
-    layer's products is left where few are.
-    """
-
-    def __init__(self, layer: BertLayer) -> None:
-        super(BertLayer, self).__init__()
-        self.attention = layer.attention
-        self.intermediate = layer.intermediate
-        self.output = layer.output
-        self.head_dim = layer.head_dim
-        self.activation = layer.activation
-
-    def forward(self, x: Tensor, batch: PackedBatch, run: Pass, index: int) -> Tensor:
-        if not isinstance(run, PretrainingPass):
-            return super().forward(x, batch, run, index)
-        rows = run.rows if index == run.last else None
-        if rows is None and run.bias is None:
-            return super().forward(x, batch, run, index)
-        parts, site = self._parts(), 1 + 3 * index
-        qkv = project_qkv(parts, x).view(x.shape[0], 3, -1, parts.head_dim)
-        p = dropout_p(parts.attention_dropout, self.training)
-        context = attention(
-            qkv,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            dropout_p=p,
-            dropout_seed=run.dropout_seed if p > 0.0 else None,
-            dropout_offset=site,
-            bias=run.bias,
-        )[0].flatten(1)
-        if rows is not None:
-            x, context = gather_rows(x, rows), gather_rows(context, rows)
-        a, a_bias = project(parts.attention_output, context)
-        p = dropout_p(parts.attention_output_dropout, self.training)
-        h = add_norm(parts.attention_norm, a, x, a_bias, run, p, site + 1)
-        y, y_bias = feed_forward(parts, h)
-        p = dropout_p(parts.output_dropout, self.training)
-        return add_norm(parts.output_norm, y, h, y_bias, run, p, site + 2)
-
-    def _parts(self) -> LayerParts:
-        attention = self.attention
-        return LayerParts(
-            query=attention.self.query,
-            key=attention.self.key,
-            value=attention.self.value,
-            attention_output=attention.output.dense,
-            attention_norm=attention.output.LayerNorm,
-            up=self.intermediate.dense,
-            down=self.output.dense,
-            output_norm=self.output.LayerNorm,
-            head_dim=self.head_dim,
-            activation=self.activation,
-            attention_dropout=attention.self.dropout,
-            attention_output_dropout=attention.output.dropout,
-            output_dropout=self.output.dropout,
-        )
-
-
-def prepare_encoder(bert: BertModel) -> None:
-    """Put PretrainingLayers in the place of the layers of ``bert``: their parameters stay, and
-    their names."""
-    layers: Any = bert.encoder.layer
-    bert.encoder.layer = nn.ModuleList(PretrainingLayer(layer) for layer in layers)

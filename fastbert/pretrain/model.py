@@ -12,10 +12,13 @@ from torch import nn
 
 from fastbert.config import BertConfig
 from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel, BertPreTrained
-from fastbert.nn import LMPredictions
+from fastbert.nn import BertLayer, LMPredictions
 from fastbert.pretrain.collate import PretrainingBatch
-from fastbert.pretrain.encode import encode, prepare_encoder
+from fastbert.pretrain.encode import encode
 from fastbert.pretrain.objectives import Encoded, Objective, SequenceClass, Term
+from fastbert.train.flops import TRAINING, encoder_flops
+from fastbert.train.parameters import is_sharded
+from fastbert.train.states import whole
 
 Tensor = torch.Tensor
 
@@ -55,6 +58,8 @@ class PretrainingModel(nn.Module):
     tied: name of a parameter -> the name of the one that it is one with, for checkpoints.
     """
 
+    _no_split_modules = (BertLayer.__name__,)  # what accelerate makes a unit of FSDP
+
     def __init__(self, config: BertConfig, objectives: Sequence[Objective]) -> None:
         super().__init__()
         if not objectives:
@@ -65,16 +70,17 @@ class PretrainingModel(nn.Module):
         self.objectives = tuple(objectives)
         pooled = any(isinstance(objective, SequenceClass) for objective in objectives)
         self.bert = BertModel(config, add_pooling_layer=pooled)
-        prepare_encoder(self.bert)
         self.heads = nn.ModuleDict()
         for objective in objectives:
             if _head_name(objective) not in self.heads:
                 self.heads[_head_name(objective)] = objective.head(config)
         self.bert.initialise(self.heads)
         self.tied: dict[str, str] = {}
-        self._tie()
+        self.tie_weights()
 
-    def _tie(self) -> None:
+    def tie_weights(self) -> None:
+        """Make the decoder of the masked-LM head one with the word embeddings, if the config says
+        so. (Under this name accelerate knows it.)"""
         if _LM not in self.heads or not self.config.tie_word_embeddings:
             return
         head = self.heads[_LM]
@@ -107,6 +113,15 @@ class PretrainingModel(nn.Module):
             for objective in self.objectives
             for part, count in objective.counts(batch.targets[objective.name]).items()
         }
+
+    def flops(self, batch: PretrainingBatch) -> int:
+        """Model FLOPs of training on a batch (``fastbert.train.flops``); nothing waits for the
+        device. The encoder's last layer and the heads count for the rows that they compute."""
+        rows = None if batch.rows is None else len(batch.rows)
+        forward = encoder_flops(self.config, batch.inputs.lengths, rows)
+        for objective in self.objectives:
+            forward += objective.flops(self.heads[_head_name(objective)], self.config, batch)
+        return TRAINING * forward
 
     def forward(
         self,
@@ -141,7 +156,8 @@ class PretrainingModel(nn.Module):
 
     def to_pretrained(self, **config_changes: Any) -> BertPreTrained:
         """A model of fastbert.models on the same parameters: BertForPreTraining with the heads of
-        masked LM and nsp or sop, BertForMaskedLM with the first of these, else BertModel.
+        masked LM and nsp or sop, BertForMaskedLM with the first of these, else BertModel. Where
+        ranks hold shards, every rank calls, and the parameters are whole copies on CPU.
 
         config_changes: such as ``hidden_dropout_prob``, which fine-tuning wants and some pretrain
         without.
@@ -155,7 +171,7 @@ class PretrainingModel(nn.Module):
             model = kind(self.config.replace(**config_changes), **options)
         tensors = self.state_dict(keep_vars=True)
         names = self._checkpoint_names(kind)
-        stored = {there: tensors[name] for name, there in names.items()}
+        stored = {there: _joined(tensors[name]) for name, there in names.items()}
         model.load_state_dict(stored, strict=True, assign=True)
         model.tie_weights()
         return model.eval()
@@ -184,6 +200,10 @@ class PretrainingModel(nn.Module):
                 ):
                     names[name] = there + name.removeprefix(here)
         return names
+
+
+def _joined(x: Tensor) -> Tensor:
+    return whole(x) if is_sharded(x) else x
 
 
 def _head_name(objective: Objective) -> str:

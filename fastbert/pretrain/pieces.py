@@ -50,7 +50,7 @@ class Pieces:
         low = np.searchsorted(self.starts, first, side="right")
         high = np.searchsorted(self.starts, end, side="left")
         bounds = self.starts[low:high]
-        return np.repeat(np.arange(len(bounds) + 1), np.diff(bounds, prepend=first, append=end))
+        return np.searchsorted(bounds, np.arange(first, end), side="right")
 
     def documents_in(self, first: int, end: int) -> list[tuple[int, int]]:
         """(first, end) of the tokens of each document that has some in first .. end."""

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.atomic import replacing
+from fastbert.data import Corpus
 from fastbert.data.tokenizer import fingerprint
 from fastbert.pretrain.options import Options
 from fastbert.pretrain.setting import Setting
-from fastbert.pretrain.trainer import LOG, Trainer
+from fastbert.pretrain.trainer import Trainer
+from fastbert.train.logging import LOG, check_tracker
 from fastbert.train.processes import accelerator as new_accelerator
 
 RUN, MODEL, PLOT = "run.json", "model", "loss.png"
@@ -48,8 +50,13 @@ def pretrain(
     init = None if init is None else Path(init)
     if resume:
         options, setting, init = _begun(corpus, out, setting)
+    check_tracker(setting.tracker)
     own = accelerator is None
     accelerator = accelerator or new_accelerator(setting.precision)
+    if accelerator.is_local_main_process:
+        # Files are mapped: a damaged one would otherwise train a model on whatever it holds.
+        for split in ("train", "valid"):
+            Corpus(corpus, split).verify()
     if accelerator.is_main_process and not resume:
         _begin(corpus, out, options, setting, init)
     accelerator.wait_for_everyone()
@@ -60,8 +67,10 @@ def pretrain(
     for noted in trainer.run():
         tell(trainer, noted)
         last = noted.get("validation", last)
+    model = trainer.model.to_pretrained()
     if accelerator.is_main_process:
-        trainer.model.export(out / MODEL, tokenizer=corpus / _TOKENIZER)
+        model.source_folder = corpus / _TOKENIZER
+        model.save_pretrained(out / MODEL)
         _write_card(out, trainer, last)
         _plot(out)
     if own:

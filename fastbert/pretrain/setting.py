@@ -16,7 +16,7 @@ class Setting:
     precision: "no", "bf16" or "fp16".  seed: of everything.  workers: processes that make batches;
         0 makes them in this one. The result does not depend on it.
     evaluate_every, save_every, log_every: steps.  evaluation_tokens: of the held-out text, at most.
-    keep: checkpoints.
+    keep: checkpoints.  tracker: what else shows the log: see ``fastbert.train.logging``.
     """
 
     steps: int | None = None
@@ -30,6 +30,7 @@ class Setting:
     save_every: int = 500
     log_every: int = 10
     keep: int = 2
+    tracker: str | None = None
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -52,7 +53,3 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-
-
-class NotFinite(RuntimeError):
-    """The loss is nan or infinite; the last checkpoint is whole."""

@@ -38,3 +38,11 @@ def stack(named: Mapping[str, Value], *, within: str = "bert.") -> dict[str, Val
         above = f"{match[1]}{int(match[2]) + count}{match[3]}"
         stacked[above] = copy.deepcopy(named[name])
     return stacked
+
+
+def stack_all(named: Mapping[str, Value]) -> dict[str, Value]:
+    """``stack`` of the encoder, and of a generator beside it, which is as deep."""
+    stacked = stack(named)
+    if any(name.startswith("heads.") and ".encoder.layer." in name for name in named):
+        stacked = stack(stacked, within="heads.")
+    return stacked

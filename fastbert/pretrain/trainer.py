@@ -8,7 +8,8 @@ A run's folder holds
     model/             in the end: a Hugging Face folder with a model card
 
 Devices, mixed precision and several processes are those of Hugging Face accelerate: the same code
-runs under ``accelerate launch`` and ``torchrun``. Ranks never see the same example.
+runs under ``accelerate launch`` and ``torchrun``, as DDP or FSDP2. Ranks never see the same
+example; a run may go on with more or fewer of them.
 """
 
 from __future__ import annotations
@@ -22,24 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from fastbert.atomic import replacing
 from fastbert.data import Corpus, TokenBatches
 from fastbert.pretrain.collate import PretrainingBatch, collate
 from fastbert.pretrain.data import PretrainingData
+from fastbert.pretrain.evaluation import evaluate, first_batches
 from fastbert.pretrain.model import PretrainingModel
 from fastbert.pretrain.options import Options
-from fastbert.pretrain.setting import NotFinite, Progress, Setting
-from fastbert.pretrain.stacking import stack
+from fastbert.pretrain.setting import Progress, Setting
+from fastbert.pretrain.stacking import stack_all
 from fastbert.train import SCHEDULES, AdamW, Lamb, checkpoint, param_groups
+from fastbert.train.errors import NotFinite
+from fastbert.train.flops import Meter, peak
+from fastbert.train.logging import Log
+from fastbert.train.parameters import local
+from fastbert.train.processes import mean, prepare, summed
 from fastbert.train.rng import seed_all
 
 Tensor = torch.Tensor
 
 OPTIMIZERS = {"adamw": AdamW, "lamb": Lamb}
-LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 # Where a run with ``stack`` grows, as parts of the whole: Gong et al. (ICML 2019, section 4) give
 # 3, 6 and 12 layers 50, 70 and 280 thousand steps.
@@ -65,12 +70,19 @@ class Trainer:
         self.options = options if setting.steps is None else options.scaled(setting.steps)
         self.setting, self.folder, self.accelerator = setting, folder, accelerator
         self.progress = Progress()
+        self.meter = Meter(peak(accelerator.device, setting.precision), accelerator.num_processes)
+        self.log = Log(
+            folder, setting.tracker, settings=json.loads(options.to_json()),
+            active=accelerator.is_main_process,
+        )  # fmt: skip
         self.corpus = Corpus(corpus)
         held_out = Corpus(corpus, "valid")
         self.held_out = held_out if held_out.num_documents else None
         seed_all(setting.seed)
         self._enter(0)
         self._build(self._depth(), init)
+        if accelerator.num_processes > 1:  # all began alike; from here on each drops its own
+            seed_all(setting.seed, accelerator.process_index)
 
     def _enter(self, phase: int) -> None:
         """Begin the data of a phase."""
@@ -106,11 +118,11 @@ class Trainer:
     def _take(self, model: PretrainingModel) -> None:
         self.model = model.to(self.accelerator.device).train()
         o = self.options
-        self.optimizer = OPTIMIZERS[o.optimizer](
+        optimizer = OPTIMIZERS[o.optimizer](
             param_groups(self.model, o.weight_decay), o.learning_rate, o.betas, o.eps,
             o.weight_decay, o.bias_correction, o.max_grad_norm,
         )  # fmt: skip
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped, self.optimizer = prepare(self.accelerator, self.model, optimizer)
 
     # --- where the run is ---------------------------------------------------------------------
 
@@ -121,6 +133,13 @@ class Trainer:
             return self.progress.step / self.setting.steps
         assert self.setting.minutes is not None
         return min(1.0, self.progress.seconds / (60 * self.setting.minutes))
+
+    @property
+    def seconds_left(self) -> float:
+        """At the mean pace until now; infinite before the first step."""
+        if not self.part_done:
+            return math.inf
+        return self.progress.seconds * (1.0 / self.part_done - 1.0)
 
     @property
     def place(self) -> float:
@@ -172,7 +191,6 @@ class Trainer:
         """Go where the last whole checkpoint of the folder was taken; False where there is none."""
         found = checkpoint.latest(self.folder / CHECKPOINTS)
         if found is None:
-            self._cut_log(0)
             return False
         extra = json.loads((found / "state.json").read_bytes())["extra"]
         if extra["layers"] != self.model.config.num_hidden_layers:
@@ -182,10 +200,15 @@ class Trainer:
             found, model=self.model, optimizer=self.optimizer, sampler=self.batches
         )
         self.progress = Progress(loaded.step, extra["seconds"], extra["tokens"])
-        self._cut_log(loaded.step)
         return True
 
     def save(self) -> Path:
+        """Write a checkpoint, but never over a good one what is no number any more: the last step
+        may have had a good loss and a gradient that overflowed. Raises NotFinite."""
+        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        (broken,) = summed(self.accelerator, [int(not finite)])
+        if broken:
+            raise self._not_finite(self.progress.step, "parameters are no numbers any more")
         return checkpoint.save(
             self.folder / CHECKPOINTS,
             self.progress.step,
@@ -201,24 +224,6 @@ class Trainer:
             keep=self.setting.keep,
         )
 
-    def _cut_log(self, step: int) -> None:
-        """Forget what was noted after ``step``: it is going to be done again."""
-        path = self.folder / LOG
-        if self.accelerator.is_main_process and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            with replacing(path) as (temporary,):
-                temporary.write_text("".join(kept), encoding="utf-8")
-
-    def _noted(self, **values: Any) -> dict[str, Any]:
-        progress = self.progress
-        values |= {"seconds": round(progress.seconds, 3), "tokens": progress.tokens}
-        found = {"step": progress.step, **values}
-        if self.accelerator.is_main_process:
-            with (self.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
-        return found
-
     # --- training -----------------------------------------------------------------------------
 
     def run(self) -> Iterator[dict[str, Any]]:
@@ -227,40 +232,72 @@ class Trainer:
 
         Raises NotFinite.
         """
-        setting, batches = self.setting, self._batches()
+        self.log.begin(self.progress.step)
+        try:
+            yield from self._run()
+        finally:
+            self.log.close()
+
+    def _run(self) -> Iterator[dict[str, Any]]:
+        setting, batches = self.setting, self.training_batches()
         while self.part_done < 1.0:
             began = time.perf_counter()
             if self._phase_and_step()[0] != self.phase:
                 self._enter(self._phase_and_step()[0])
-                batches = self._batches()
+                batches = self.training_batches()
             if self._depth() != self.model.config.num_hidden_layers:
                 self.grow()
-            loss, terms = self.update([next(batches) for _ in range(self._parts())])
-            step, end = self.progress.step, False
-            # On a GPU nobody waits for the loss of every step.
+            step = self.progress.step + 1
             look = step % setting.log_every == 0
-            if look or loss.device.type == "cpu":
-                self._check(loss)
-            self.progress.seconds += time.perf_counter() - began
+            parts = [next(batches) for _ in range(self._parts())]
+            seen = self.update(parts, measure=look)
+            # On a GPU nobody waits for the loss of every step.
+            if look or seen["loss"].device.type == "cpu":
+                self._check(step, seen["loss"])
+            self._count(parts, time.perf_counter() - began)
             end = self.part_done >= 1.0
             if look or end:
-                self._check(loss)
-                seen = {"loss": loss.item(), **{k: x.item() for k, x in terms.items()}}
-                yield self._noted(kind="train", lr=self._learning_rate(), **seen)
+                self._check(step, seen["loss"])
+                yield self._noted("train", lr=self._learning_rate(), **_numbers(seen),
+                                  **self.meter.read())  # fmt: skip
             if self.held_out is not None and (step % setting.evaluate_every == 0 or end):
-                yield self._noted(kind="validation", **self.evaluate())
+                yield self._noted("validation", validation=self.evaluate())
             if step % setting.save_every == 0 or end:
                 self.save()
 
-    def _check(self, loss: Tensor) -> None:
-        if not math.isfinite(loss.item()):
-            raise NotFinite(
-                f"step {self.progress.step}: the loss is {loss.item()}; the last checkpoint in "
-                f"{self.folder / CHECKPOINTS} is whole: go on from it with a lower learning rate"
-            )
+    def _count(self, parts: list[PretrainingBatch], seconds: float) -> None:
+        """Add a step to the progress: ranks agree on it, and on when a run by the clock ends."""
+        tokens = sum(part.inputs.num_tokens for part in parts)
+        flops = sum(self.model.flops(part) for part in parts)
+        tokens, mflops, microseconds = summed(
+            self.accelerator, [tokens, flops // 10**6, int(seconds * 1e6)]
+        )
+        if (ranks := self.accelerator.num_processes) > 1:
+            seconds = microseconds / 1e6 / ranks
+        self.progress.step += 1
+        self.progress.seconds += seconds
+        self.progress.tokens += tokens
+        self.meter.add(tokens, mflops * 10**6, seconds)
 
-    def update(self, parts: list[PretrainingBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step on the accumulated batches: (its loss, the mean losses of the summands)."""
+    def _noted(self, kind: str, **values: Any) -> dict[str, Any]:
+        progress = self.progress
+        return self.log.write(
+            progress.step, kind, **values, seconds=round(progress.seconds, 3),
+            tokens=progress.tokens,
+        )  # fmt: skip
+
+    def _check(self, step: int, loss: Tensor) -> None:
+        if not math.isfinite(loss.item()):
+            raise self._not_finite(step, f"the loss is {loss.item()}")
+
+    def _not_finite(self, step: int, what: str) -> NotFinite:
+        whole = checkpoint.latest(self.folder / CHECKPOINTS)
+        left = "no checkpoint was written yet" if whole is None else f"{whole} is whole"
+        return NotFinite(f"step {step}: {what}; {left}. A lower learning rate may help")
+
+    def update(self, parts: list[PretrainingBatch], measure: bool = False) -> dict[str, Any]:
+        """One step on the accumulated batches: its "loss", the mean loss of each summand by name
+        and, if it is to measure, "accuracy", of each summand that has one."""
         lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -272,40 +309,47 @@ class Trainer:
         divisors = {k: n / self.accelerator.num_processes for k, n in self._counts(parts).items()}
         losses: list[Tensor] = []
         totals: dict[str, list[Tensor]] = {}
+        correct: dict[str, list[Tensor]] = {}
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
-                    output = self.wrapped(part.to(self.accelerator.device), divisors=divisors)
+                    output = self.wrapped(
+                        part.to(self.accelerator.device), divisors=divisors, measure=measure
+                    )
                 self.accelerator.backward(output.loss)
             losses.append(output.loss.detach())
             for name, term in output.terms.items():
-                totals.setdefault(name, []).append(term.total.detach() / max(1, divisors[name]))
+                divisor = divisors[name] or 1
+                totals.setdefault(name, []).append(term.total.detach() / divisor)
+                if term.correct is not None:
+                    correct.setdefault(name, []).append(term.correct / divisor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for _ in parts:
             self.batches.advance()
-        self.progress.step += 1
-        self.progress.tokens += self._summed([sum(part.inputs.num_tokens for part in parts)])[0]
-        loss = self._mean(torch.stack(losses).sum())
-        return loss, {name: self._mean(torch.stack(x).sum()) for name, x in totals.items()}
+        seen: dict[str, Any] = {"loss": mean(self.accelerator, losses)}
+        seen |= {name: mean(self.accelerator, x) for name, x in totals.items()}
+        if correct:
+            seen["accuracy"] = {name: mean(self.accelerator, x) for name, x in correct.items()}
+        return seen
 
     def grow(self) -> None:
         """Go on with twice the layers (``fastbert.pretrain.stacking``), moments and all."""
+        values = stack_all(self.model.state_dict())
         names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
-        moments = {names[p]: state for p, state in self.optimizer.state.items()}
-        values = _stacked(self.model.state_dict())
+        moments = stack_all({names[p]: state for p, state in self.optimizer.state.items()})
         layers = 2 * self.model.config.num_hidden_layers
+        self.accelerator.free_memory()
         with torch.random.fork_rng(devices=[]):
             self._build(layers)
         self.model.load_state_dict(values)
-        stacked = _stacked(moments)
         for name, parameter in self.model.named_parameters():
-            if name in stacked:
-                self.optimizer.state[parameter] = stacked[name]
+            if name in moments:
+                self.optimizer.state[parameter] = moments[name]
 
-    def _batches(self) -> Iterator[PretrainingBatch]:
-        """Those of epoch after epoch of the phase."""
+    def training_batches(self) -> Iterator[PretrainingBatch]:
+        """Those of the phase, epoch after epoch, from where ``batches`` is."""
         while True:
             yield from self._loader(self.data, self.batches, self.batches.epoch)
 
@@ -332,72 +376,25 @@ class Trainer:
         for part in parts:
             for name, count in self.model.counts(part).items():
                 counts[name] = counts.get(name, 0) + count
-        totals = self._summed(list(counts.values()))
+        totals = summed(self.accelerator, list(counts.values()))
         return dict(zip(counts, map(int, totals), strict=True))
-
-    def _summed(self, values: list[int]) -> list[int]:
-        if self.accelerator.num_processes == 1:
-            return values
-        x = torch.tensor(values, dtype=torch.int64, device=self.accelerator.device)
-        dist.all_reduce(x)
-        return x.tolist()
-
-    def _mean(self, x: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return x
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / self.accelerator.num_processes
 
     # --- held-out text ------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """On the first ``evaluation_tokens`` of the held-out text, masked as in the first epoch:
-        the mean loss of each summand, how many it gets right beside the level of chance, and
-        e to the loss of the masked tokens, their perplexity. Draws no random number."""
+        see ``fastbert.pretrain.evaluation``."""
         assert self.held_out is not None
         if self._validation is None:
             phase = self.options.phases[self.phase]
             self._validation = self.options.data(self.held_out, phase, seed=self.setting.seed)
-        self.model.eval()
-        sums: dict[str, list[float]] = {}
-        for batch in self._loader(self._validation, self._validation_batches(), 0):
-            with self.accelerator.autocast():
-                output = self.model(batch.to(self.accelerator.device), measure=True)
-            for name, term in output.terms.items():
-                row = sums.setdefault(name, [0.0] * 4)
-                row[0] += float(term.total)
-                row[1] += output.counts[name]
-                row[2] += 0.0 if term.correct is None else float(term.correct)
-                row[3] += 0.0 if term.chance is None else float(term.chance)
-        found: dict[str, Any] = {}
-        for name, (total, count, correct, chance) in sums.items():
-            count = max(1.0, count)
-            found[name] = {
-                "loss": total / count, "accuracy": correct / count, "chance": chance / count
-            }  # fmt: skip
-            found[name]["perplexity"] = math.exp(min(50.0, total / count))
-        return {"validation": found}
-
-    def _validation_batches(self) -> list[list[int]]:
-        assert self._validation is not None
-        parts: list[list[int]] = [[]]
-        tokens = held = 0
-        for i, length in enumerate(self._validation.lengths.tolist()):
-            if tokens + length > self.setting.evaluation_tokens and tokens:
-                break
-            if held + length > self.batches.max_tokens and parts[-1]:
-                parts.append([])
-                held = 0
-            parts[-1].append(i)
-            tokens, held = tokens + length, held + length
-        return parts
+        data = self._validation
+        batches = first_batches(
+            data.lengths.tolist(), self.setting.evaluation_tokens, self.batches.max_tokens
+        )
+        return evaluate(self.model, self._loader(data, batches, 0), self.accelerator)
 
 
-def _stacked(named: Mapping[str, Any]) -> dict[str, Any]:
-    """``stack`` of the encoder, and of a generator beside it, which is as deep."""
-    stacked = stack(named)
-    if any(name.startswith("heads.") and ".encoder.layer." in name for name in named):
-        stacked = stack(stacked, within="heads.")
-    return stacked
+def _numbers(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors, in dicts too, as numbers."""
+    return {name: _numbers(x) if isinstance(x, Mapping) else x.item() for name, x in seen.items()}

@@ -1,4 +1,5 @@
-"""What pretraining, fine-tuning and distillation share: optimisers, schedules, checkpoints, graphs.
+"""What pretraining, fine-tuning and distillation share: optimisers, schedules, checkpoints, logs,
+model FLOPs, graphs.
 
 Devices, mixed precision and several processes are Hugging Face accelerate's or torch's own: what is
 here works under DDP and FSDP2 and knows no more of them than that.
@@ -6,7 +7,9 @@ here works under DDP and FSDP2 and knows no more of them than that.
 
 from fastbert.train import checkpoint
 from fastbert.train.buckets import Bucket, Pad, bucket_of, labelled_rows, pad_batch
+from fastbert.train.flops import Meter
 from fastbert.train.graphs import Graphs, graphs, masked_lm_loss
+from fastbert.train.logging import Log
 from fastbert.train.optimizers import AdamW, Lamb
 from fastbert.train.parameters import clip_grad_norm_, param_groups
 from fastbert.train.schedules import SCHEDULES, Schedule, batch_size_ramp
@@ -17,6 +20,8 @@ __all__ = [
     "Bucket",
     "Graphs",
     "Lamb",
+    "Log",
+    "Meter",
     "Pad",
     "Schedule",
     "batch_size_ramp",

@@ -297,6 +297,17 @@ def test_torch_compile(tiny_config):
         torch.testing.assert_close(x, y)
 
 
+def test_one_compiled_model_serves_other_lengths(tiny_config):
+    """Dynamo then compiles anew, with lengths that it no longer takes for constants."""
+    torch.compiler.reset()
+    model = fastbert.BertForSequenceClassification(tiny_config()).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for lengths in ([3, 1, 2], [2, 2, 4], [1, 6, 5], [1], [2, 3]):
+        batch = PackedBatch.from_sequences([[5] * n for n in lengths])
+        torch.testing.assert_close(compiled(batch=batch).logits, model(batch=batch).logits)
+    torch.compiler.reset()
+
+
 def test_outputs_read_as_tuples_and_dicts(tiny_config):
     model = fastbert.BertForSequenceClassification(tiny_config()).eval()
     out = model(torch.ones(2, 3, dtype=torch.long), labels=torch.tensor([0, 1]))

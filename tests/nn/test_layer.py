@@ -48,9 +48,11 @@ def randomised(module):
     return module.double()
 
 
-def expected_layer(layer, x, seed, site, p_hidden, p_attention):
-    """The layer's equations in plain torch, sequence by sequence."""
-    attention, out, parts = layer.attention, [], []
+def expected_layer(layer, x, seed, site, p_hidden, p_attention, bias=None, behind=slice(None)):
+    """The layer's equations in plain torch, sequence by sequence.
+
+    bias: (1, T, S).  behind: the tokens that go on behind attention."""
+    attention, parts = layer.attention, []
     start = 0
     for length in LENGTHS:
         rows = x[start : start + length]
@@ -58,7 +60,10 @@ def expected_layer(layer, x, seed, site, p_hidden, p_attention):
             linear(rows).view(length, 3, 8).transpose(0, 1)
             for linear in (attention.self.query, attention.self.key, attention.self.value)
         )
-        p = torch.softmax(q @ k.transpose(1, 2) / 8**0.5, -1)
+        scores = q @ k.transpose(1, 2) / 8**0.5
+        if bias is not None:
+            scores = scores + bias[:, start : start + length, :length]
+        p = torch.softmax(scores, -1)
         head = torch.arange(3)[:, None, None]
         row = torch.arange(start, start + length)[None, :, None]
         col = torch.arange(length)[None, None, :]
@@ -66,8 +71,8 @@ def expected_layer(layer, x, seed, site, p_hidden, p_attention):
         p = p * keep / (1 - p_attention)
         parts.append((p @ v).transpose(0, 1).reshape(length, 24))
         start += length
-    out = attention.output.dense(torch.cat(parts))
-    h = attention.output.LayerNorm(x + philox.dropout(out, p_hidden, seed, site + 1))
+    out = attention.output.dense(torch.cat(parts)[behind])
+    h = attention.output.LayerNorm(x[behind] + philox.dropout(out, p_hidden, seed, site + 1))
     y = layer.output.dense(F.gelu(layer.intermediate.dense(h)))
     return layer.output.LayerNorm(h + philox.dropout(y, p_hidden, seed, site + 2))
 
@@ -84,6 +89,48 @@ def test_equations_and_dropout_sites(batch, x):
     assert hidden[0] is x and hidden[-1] is y and len(hidden) == 4
     eval_y, none = encoder.eval()(x, batch, Pass())
     assert none is None and not torch.allclose(eval_y, y)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_bias_and_rows(batch, x, p):
+    """Every layer adds the bias; the last goes on with the rows, whose dropout is that of rows
+    0, 1, 2, …; gradients too, of parameters and of the tokens that are no rows."""
+    config = CONFIG.replace(hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    encoder = randomised(BertEncoder(config)).train()
+    bias = torch.randn(1, batch.num_tokens, 8, dtype=torch.float64)
+    rows = torch.tensor([0, 3, 5, 11])
+    run = Pass(torch.tensor([42]), bias=bias, rows=rows)
+    dy = torch.randn(4, 24, dtype=torch.float64)
+    x.requires_grad_()
+    inputs = [x, *encoder.parameters()]
+    y, hidden = encoder(x, batch, run, want_hidden=True)
+    found = torch.autograd.grad(y, inputs, dy)
+
+    expected = x
+    for index, layer in enumerate(encoder.layer):
+        behind = rows if index == 2 else slice(None)
+        site = 1 + 3 * index
+        expected = expected_layer(layer, expected, run.dropout_seed, site, p, p, bias, behind)
+        torch.testing.assert_close(hidden[index + 1], expected)
+    assert hidden[-1] is y and y.shape == (4, 24)
+    for mine, other in zip(found, torch.autograd.grad(expected, inputs, dy), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_rows_are_rows_of_the_whole(batch, x):
+    """Without dropout; with probabilities asked for; and in an encoder of no layers."""
+    rows = torch.tensor([1, 5, 6])
+    encoder = randomised(BertEncoder(CONFIG)).eval()
+    whole, _ = encoder(x, batch, Pass())
+    attentions = []
+    for run in (Pass(rows=rows), Pass(rows=rows, attentions=attentions)):
+        y, none = encoder(x, batch, run)
+        torch.testing.assert_close(y, whole[rows])
+        assert none is None
+    assert [p.shape for p in attentions] == [(4, 3, 7, 7)] * 3
+    empty = BertEncoder(CONFIG.replace(num_hidden_layers=0))
+    y, hidden = empty(x, batch, Pass(rows=rows), want_hidden=True)
+    assert torch.equal(y, x[rows]) and hidden == [y]
 
 
 def test_embeddings(batch):

@@ -8,13 +8,7 @@ import torch
 
 from fastbert import PackedBatch
 from fastbert.pretrain import PretrainingBatch, parse
-from fastbert.pretrain.encode import (
-    UNSEEN,
-    PretrainingLayer,
-    attention_bias,
-    encode,
-    visibility,
-)
+from fastbert.pretrain.encode import UNSEEN, attention_bias, encode, visibility
 
 from ._models import CONFIG, batch_of, model_of, texts
 
@@ -173,11 +167,3 @@ def test_sequences_may_outgrow_the_positions() -> None:
         batch = batch_of(objectives, texts(32))
         assert batch.inputs.max_seqlen > CONFIG.max_position_embeddings
         assert torch.isfinite(model_of(objectives)(batch).loss)
-
-
-def test_layers_keep_their_names() -> None:
-    from fastbert import BertModel
-
-    model = model_of(parse("mlm+nsp"))
-    assert all(type(layer) is PretrainingLayer for layer in model.bert.encoder.layer)
-    assert list(model.bert.state_dict()) == list(BertModel(CONFIG).state_dict())

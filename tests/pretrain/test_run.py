@@ -72,7 +72,8 @@ def setting(steps: int = 12, **changes: Any) -> Setting:
 def log(folder: Path) -> list[dict[str, Any]]:
     """Without what depends on the clock."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: x for k, x in row.items() if k != "seconds"} for row in rows]
+    clock = ("seconds", "tokens_per_s", "mfu")
+    return [{k: x for k, x in row.items() if k not in clock} for row in rows]
 
 
 def same_run(a: Path, b: Path) -> None:
@@ -184,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, size: str, tmp_pat
             with torch.no_grad():
                 trainer.model.bert.embeddings.word_embeddings.weight.fill_(float("nan"))
 
-    with pytest.raises(NotFinite, match=r"^step 6: the loss is nan; the last checkpoint"):
+    with pytest.raises(NotFinite, match=r"^step 6: the loss is nan; .*step-00000004 is whole"):
         pretrain(corpus, tmp_path, options(size), setting(), tell=tell)
     pretrain(corpus, tmp_path, options(size), setting(), resume=True)
     assert log(tmp_path)[-1]["step"] == 12

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastbert.config import BertConfig
+from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.examples import NONE, Example, Vocabulary
 from fastbert.pretrain.objectives.objective import Encoded, Objective, Targets, Term, token_term
+from fastbert.train.flops import matrix_weights
 
 Tensor = torch.Tensor
 
@@ -34,6 +36,10 @@ class OffsetDecoder(nn.Module):
         self.second = nn.Linear(hidden, hidden)
         self.second_norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def flops(self, config: BertConfig) -> int:
+        """Of one target, the product with the word embeddings among it."""
+        return 2 * (matrix_weights(self) + config.vocab_size * config.hidden_size)
 
     def term(
         self, states: tuple[Tensor, ...], offset: Tensor, labels: Tensor, encoded: Encoded
@@ -82,6 +88,9 @@ class SpanBoundary(Objective):
 
     def head(self, config: BertConfig) -> OffsetDecoder:
         return OffsetDecoder(config, inputs=2, offsets=self.longest)
+
+    def flops(self, head: OffsetDecoder, config: BertConfig, batch: PretrainingBatch) -> int:
+        return len(batch.targets[self.name]["labels"]) * head.flops(config)
 
     def terms(self, head: OffsetDecoder, encoded: Encoded, targets: Targets) -> dict[str, Term]:
         sides = (encoded.states[targets["left_index"]], encoded.states[targets["right_index"]])

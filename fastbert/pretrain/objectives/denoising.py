@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from fastbert.config import BertConfig
+from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.examples import NONE, Example, Vocabulary, frame
 from fastbert.pretrain.objectives.boundary import OffsetDecoder
 from fastbert.pretrain.objectives.objective import (
@@ -21,6 +22,7 @@ from fastbert.pretrain.objectives.objective import (
     class_term,
 )
 from fastbert.pretrain.spans import place_spans
+from fastbert.train.flops import matrix_weights
 
 Array = np.ndarray
 
@@ -208,6 +210,11 @@ class Denoising(Objective):
         labels = {"tokens": "tokens", "length": "lengths", "order": "order",
                   "inserted": "inserted", "start": "start"}  # fmt: skip
         return {term: len(targets[name]) for term, name in labels.items() if name in targets}
+
+    def flops(self, head: Any, config: BertConfig, batch: PretrainingBatch) -> int:
+        counts = self.counts(batch.targets[self.name])
+        tokens = counts.pop("tokens") * head["tokens"].flops(config)
+        return tokens + sum(2 * count * matrix_weights(head[k]) for k, count in counts.items())
 
     def terms(self, head: Any, encoded: Encoded, targets: Targets) -> dict[str, Term]:
         measure = encoded.measure

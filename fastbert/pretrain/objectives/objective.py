@@ -19,6 +19,7 @@ from fastbert.ops import gather_rows, linear_cross_entropy
 from fastbert.packed import PackedBatch
 from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.examples import Example, Vocabulary
+from fastbert.train.flops import matrix_weights
 
 Tensor = torch.Tensor
 Targets = Mapping[str, Tensor]
@@ -117,6 +118,11 @@ class Objective(ABC):
     def counts(self, targets: Targets) -> dict[str, int]:
         """How many targets each of the terms has, known without waiting for the device."""
         return {"": len(targets["labels"])}
+
+    def flops(self, head: Any, config: BertConfig, batch: PretrainingBatch) -> int:
+        """Of the head's products in the forward pass: 2 a target and weight of its matrices, unless
+        a subclass knows better. See ``fastbert.train.flops``."""
+        return 2 * matrix_weights(head) * sum(self.counts(batch.targets[self.name]).values())
 
     def rewrite(
         self, head: Any, bert: BertModel, batch: PretrainingBatch, measure: bool

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from fastbert.config import BertConfig
+from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.examples import NONE, Example, Vocabulary
 from fastbert.pretrain.objectives.objective import (
     ARRANGE,
@@ -40,6 +41,10 @@ class SequenceClass(Objective):
 
     def head(self, config: BertConfig) -> nn.Linear:
         return nn.Linear(config.hidden_size, self.classes)
+
+    def flops(self, head: nn.Linear, config: BertConfig, batch: PretrainingBatch) -> int:
+        pooler = 2 * config.hidden_size**2 * len(batch.targets[self.name]["labels"])
+        return pooler + super().flops(head, config, batch)
 
     def terms(self, head: nn.Linear, encoded: Encoded, targets: Targets) -> dict[str, Term]:
         logits = head(encoded.pooled(targets["index"]))

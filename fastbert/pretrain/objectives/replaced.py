@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from fastbert.nn import BertEncoder
 from fastbert.nn.encoder import activation
 from fastbert.nn.heads import wide
 from fastbert.nn.layer import EmbeddingParts, embed, new_pass
-from fastbert.ops import gather_rows
 from fastbert.packed import PackedBatch
 from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.examples import NONE, Example, Vocabulary
 from fastbert.pretrain.masking import Masking
 from fastbert.pretrain.objectives.masked import Masks
 from fastbert.pretrain.objectives.objective import Encoded, Targets, Term, binary_term, token_term
+from fastbert.train.flops import encoder_flops, matrix_weights
 
 Tensor = torch.Tensor
 
@@ -68,11 +68,10 @@ class Generator(nn.Module):
             dropout=self.dropout,
             projection=self.projection,
         )
-        run = new_pass(self, inputs.cu_seqlens.device)
+        run = replace(new_pass(self, inputs.cu_seqlens.device), rows=place)
         x = embed(parts, inputs, run, self.training)
         x, _ = self.encoder(x, inputs, run)
-        x = self.transform(gather_rows(x, place))
-        return self.transform_norm(_activated(x, self._activation))
+        return self.transform_norm(_activated(self.transform(x), self._activation))
 
 
 class _Heads(nn.Module):
@@ -141,6 +140,17 @@ class ReplacedTokens(Masks):
 
     def counts(self, targets: Targets) -> dict[str, int]:
         return {"generator": len(targets["labels"]), "": len(targets["index"])}
+
+    def flops(self, head: _Heads, config: BertConfig, batch: PretrainingBatch) -> int:
+        """The generator's too: its layers, the projection of every token before them, and behind
+        them, of masked ones, the transform and the product with the word embeddings."""
+        masked = len(batch.targets[self.name]["labels"])
+        small, tokens = generator_config(config, self.divisor), batch.inputs.num_tokens
+        width = config.hidden_size * small.hidden_size
+        products = (tokens + masked) * width + masked * config.vocab_size * config.hidden_size
+        asked = len(batch.targets[self.name]["index"])
+        told = asked * (matrix_weights(head.dense) + matrix_weights(head.out))
+        return encoder_flops(small, batch.inputs.lengths, masked) + 2 * (products + told)
 
     def rewrite(
         self, head: _Heads, bert: BertModel, batch: PretrainingBatch, measure: bool
