@@ -9,6 +9,8 @@ import typer
 from fastbert.cli.demo import demo
 from fastbert.cli.doctor import doctor
 from fastbert.cli.encode import encode
+from fastbert.cli.evaluate import evaluate, predict
+from fastbert.cli.finetune import finetune
 from fastbert.cli.prepare import prepare
 from fastbert.cli.pretrain import pretrain
 from fastbert.cli.quantize import quantize
@@ -25,6 +27,9 @@ app.command()(quantize)
 app.command()(encode)
 app.command()(prepare)
 app.command()(pretrain)
+app.command()(finetune)
+app.command()(evaluate)
+app.command()(predict)
 
 
 @app.callback()

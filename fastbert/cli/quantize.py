@@ -28,6 +28,14 @@ def quantize(
         list[str] | None,
         typer.Option(help="Layer or Linear to keep in bf16: layers.3, layers.3.down, down."),
     ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(help="Labelled rows to score before and after, of a fine-tuned model."),
+    ] = None,
+    max_loss: Annotated[
+        float,
+        typer.Option(help="Points that --evaluate may lose; layers stay in bf16 until it holds."),
+    ] = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Quantise a model of the BERT family for fast inference on CPUs and GPUs.
@@ -39,6 +47,7 @@ def quantize(
 
     from fastbert.compress import load_float
     from fastbert.compress import quantize as run
+    from fastbert.finetune.saved import copy_task
 
     with Console(stderr=True).status("loading the model") as status:
         texts = None if calibration is None else _lines(calibration)
@@ -46,15 +55,26 @@ def quantize(
         status.update("quantising")
         result = run(
             source, scheme, calibration=texts, calibrate=calibrate, smooth_quant=smooth_quant,
-            keep_float=keep_float or [],
+            keep_float=keep_float or [], evaluate=_points(model, evaluate), max_loss=max_loss,
         )  # fmt: skip
         status.update("writing")
         result.save_pretrained(out)
+        copy_task(model, out)
     report: dict[str, Any] = {"out": str(out), **result.report.to_dict()}
     if as_json:
         print(json.dumps(report, indent=2))
     else:
         Console().print(f"{result.report}\n{out}", highlight=False)
+
+
+def _points(model: Path, data: str | None) -> Any:
+    """A model's score on ``data``, in points of 100, as ``fastbert.quantize`` takes it."""
+    if data is None:
+        return None
+    from fastbert.finetune.evaluate import Examiner
+
+    examiner = Examiner(model, data)
+    return lambda candidate: 100 * examiner(candidate).score
 
 
 def _lines(path: Path) -> list[str]:

@@ -151,6 +151,8 @@ def source_of(model: nn.Module) -> NativeSource | HuggingFaceSource:
         raise ValueError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     if isinstance(model, QuantizedModel):
         raise ValueError("model: is quantised already")
+    if hasattr(model, "config"):
+        files.check_plain(model.config)
     if isinstance(model, BertPreTrained):
         return NativeSource(model)
     base: Any = model

@@ -29,10 +29,23 @@ def load_float(folder: str | Path) -> nn.Module:
     config = _object(folder / "config.json")
     if not config:
         raise ValueError(f"{folder}: holds no config.json, expected a Hugging Face folder")
+    check_plain(config)
     name = (config.get("architectures") or ["BertModel"])[0]
     if config.get("model_type", "bert") == "bert" and name in MODEL_NAMES:
         return getattr(models, name).from_pretrained(folder)
     return load_with_transformers(folder)
+
+
+def check_plain(config: Any) -> None:
+    """Raises ValueError for a model to which ``fastbert.finetune``'s methods have added parts that
+    stay: adapters, say. config: of the model, or what its config.json holds."""
+    values = config if isinstance(config, dict) else getattr(config, "extra", vars(config))
+    methods = values.get("finetune_methods")
+    if methods:
+        raise ValueError(
+            f"model: was fine-tuned with {', '.join(methods)}, which leaves it parts that are not "
+            "quantised; expected a plain one"
+        )
 
 
 _NOT_A_LIMIT = 10**6  # transformers writes 10^30 where a tokenizer has no longest length
