@@ -10,9 +10,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import report_training
 
 from fastbert.ops import BACKENDS, OPS
 
@@ -201,12 +203,26 @@ def accuracy(path: Path) -> str:
     return f"{table(('all-MiniLM-L6-v2', *headings), lines)}\n\n{_machine(result)}"
 
 
+def _trained(name: str) -> Callable[[Path], str]:
+    """A table of ``report_training``."""
+    return lambda path: getattr(report_training, name)(path, table, _machine)
+
+
 def sections() -> dict[str, str]:
     made = {"support": support()}
     peers = RESULTS / "cpu_peers.json"
     if peers.exists():
         made["cpu-int8"] = cpu_int8(peers)
-    for name, build in (("model", model), ("ops", ops), ("accuracy", accuracy)):
+    methods = RESULTS / "finetune_methods.json"
+    if methods.exists():
+        made["finetune-methods"] = _trained("methods")(methods)
+    for name, build in (
+        ("model", model),
+        ("ops", ops),
+        ("accuracy", accuracy),
+        ("finetune", _trained("finetune")),
+        ("pretraining", _trained("pretraining")),
+    ):
         for where in ("cpu", "cuda"):
             path = RESULTS / f"{name}_{where}.json"
             if path.exists():

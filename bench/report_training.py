@@ -1,4 +1,4 @@
-"""The README's tables of training: fine-tuning beside its peer, and its methods."""
+"""The README's tables of training: pretraining and fine-tuning beside their peers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,33 @@ def _percent(row: dict[str, Any]) -> str:
     """ "96.20 ± 0.35" of a mean and a deviation that are fractions."""
     deviation = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
     return f"{100 * row['mean']:.2f}{deviation}"
+
+
+def _worst_loss(runs: list[dict[str, Any]]) -> str:
+    """In points, the most of all seeds."""
+    return f"{100 * max(run['int8_loss'] for run in runs):.2f}"
+
+
+def pretraining(path: Path, table: Table, machine: Callable[[dict[str, Any]], str]) -> str:
+    """``bench/pretraining.py``: so many minutes each."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["name"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['step']:,}",
+            f"{row['perplexity']:.1f}",
+            f"{100 * row['accuracy']:.1f}%",
+        ]
+        for row in result["rows"]
+    ]
+    headings = ("", "real tokens/s", "steps", "held-out perplexity", "right")
+    said = (
+        f"{result['minutes']:g} minutes each, size {result['size']}: "
+        f"{result['tokens_per_s_ratio']:.2f}× the tokens, "
+        f"{result['perplexity_ratio']:.3f}× the perplexity"
+    )
+    return f"{table(headings, rows)}\n\n{said}; {machine(result)}"
 
 
 def finetune(path: Path, table: Table, machine: Callable[[dict[str, Any]], str]) -> str:
@@ -33,11 +60,12 @@ def finetune(path: Path, table: Table, machine: Callable[[dict[str, Any]], str])
                 f"{row['fastbert']['seconds']:.0f}",
                 f"{row['fastbert']['tokens_per_s']:,.0f}",
                 ", ".join(f"{row[name]['speedup']:.2f}× {name}" for name in names) or "–",
+                _worst_loss(row["runs"]["fastbert"]),
                 str(seeds),
             ]
         )
     headings = ("set", "score", "bar", "fastbert", "peers", "s", "real tokens/s", "as fast as",
-                "seeds")  # fmt: skip
+                "int8 loses", "seeds")  # fmt: skip
     return f"{table(headings, rows)}\n\n{result['model']}; {machine(result)}"
 
 

@@ -64,7 +64,7 @@ def test_from_a_checkpoint_to_int8(tuned: tuple[Path, str], reviews: Paths, tmp_
     assert report["score_after"] >= report["score_before"] - 0.5
     plots = tmp_path / "plots"
     text = succeed("evaluate", "--model", int8, "--data", dev, "--plots", plots)
-    assert f"{report['score'] / 100:.4f}" in text
+    assert f"{report['score_after'] / 100:.4f}" in text
     assert sorted(path.name for path in plots.iterdir()) == ["calibration.png", "confusion.png"]
 
     unlabelled = tmp_path / "texts.jsonl"

