@@ -143,7 +143,7 @@ def test_metadata_says_what_is_so(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra")) == {
-        *("hf", "train", "data", "demo", "plots", "test", "bench")
+        *("hf", "train", "data", "demo", "plots", "search", "test", "bench")
     }
 
 
