@@ -59,7 +59,7 @@ FILES = {
         "39cf9a51fed201f44c13dca0d2ace806e51624640242b160c20114916549407b",
     ),
 }
-_TREC_TRAIN = 5452  # rows of the official training set; the official test set follows
+TREC_TRAIN = 5452  # rows of the official training set; the official test set follows
 
 
 # --- fetching -----------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def trec(folder: Path) -> tuple[Questions, Questions]:
     with (folder / "trec.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts, labels = [row["text"] for row in rows], [int(row["label-coarse"]) for row in rows]
-    train, test = slice(_TREC_TRAIN), slice(_TREC_TRAIN, None)
+    train, test = slice(TREC_TRAIN), slice(TREC_TRAIN, None)
     return Questions(texts[train], labels[train]), Questions(texts[test], labels[test])
 
 

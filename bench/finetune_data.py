@@ -24,8 +24,6 @@ import accuracy_data
 
 from fastbert.atomic import replacing
 
-_TREC_TRAIN = 5452
-
 
 class LabelledSet(NamedTuple):
     """task: as fastbert names it.  train, dev, test: files; dev is no part of train.
@@ -101,11 +99,12 @@ def _trec(folder: Path, column: str) -> LabelledSet:
     accuracy_data.fetch(folder)
     with (folder / "trec.csv").open(encoding="utf-8", newline="") as file:
         rows = [(row["text"], row[column]) for row in csv.DictReader(file)]
-    train, dev = _split(rows[:_TREC_TRAIN])
+    official = accuracy_data.TREC_TRAIN
+    train, dev = _split(rows[:official])
     name = "trec6" if column == "label-coarse" else "trec50"
     files = [
         _write_csv(folder / f"{name}_{part}.csv", ["text", "label"], part_rows)
-        for part, part_rows in (("train", train), ("dev", dev), ("test", rows[_TREC_TRAIN:]))
+        for part, part_rows in (("train", train), ("dev", dev), ("test", rows[official:]))
     ]
     bar = 0.955 if name == "trec6" else None
     return LabelledSet(name, "classify", *files, "accuracy", bar, 3 if name == "trec6" else 8)

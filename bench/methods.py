@@ -1,13 +1,16 @@
 """Does a method of fine-tuning help? All of them on the same rows, epochs and seeds.
 
-    python bench/methods.py --data FOLDER --by-hand FOLDER --sets trec6:1000,sick-entailment:1000
+    python bench/methods.py --data FOLDER --by-hand FOLDER
+    python bench/methods.py --data FOLDER --by-hand FOLDER --time
 
-Each is trained as it comes, with the defaults of its paper, and scored on the test rows behind the
-last epoch; nothing is chosen by them. ``difference`` is the mean over seeds of the score less plain
-fine-tuning's with the same seed, ``sd`` that of the scores. ``cost`` is in seconds of plain
-fine-tuning, of runs that took turns with others on the same machine. Rows are added to the file one
-by one: a run that is stopped goes on where it was. ``trec6:1000`` are 1,000 of the training rows:
-most methods are made for few.
+Each is trained as it comes, with the defaults of its paper. The development rows choose the epoch,
+the test rows are looked at once. ``difference`` is the mean over seeds of the score less plain
+fine-tuning's with the same seed, ``sd`` that of the scores. Rows are added to the file one by one:
+a run that is stopped goes on where it was, and several may fill files of their own, which
+``--merge`` joins. ``trec6:1000`` are 1,000 of the training rows: most methods are made for few.
+
+``--time`` adds ``cost``: seconds of one epoch, in those of plain fine-tuning just before it. It
+wants the machine to itself, where the scores do not mind company.
 """
 
 from __future__ import annotations
@@ -32,32 +35,41 @@ BEST = ("layerwise-lr+r-drop", "layerwise-lr+freelb+label-smoothing")
 
 
 def run(model: Path, data: LabelledSet, method: str, seed: int, epochs: int | None) -> dict:
-    """Score and seconds of one run."""
-    setting = Setting(epochs=epochs or data.epochs, seed=seed, early_stop=0.0)
+    """Score of one run."""
+    setting = Setting(epochs=epochs or data.epochs, seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
         results = finetune(
-            model, data.train, out, task=data.task, dev=data.test, method=method, setting=setting
-        )
-        last = json.loads((out / f"seed-{seed}" / "log.jsonl").read_text().splitlines()[-1])
+            model, data.train, Path(scratch) / "out", task=data.task, dev=data.dev, test=data.test,
+            method=method, setting=setting,
+        )  # fmt: skip
     return {
         "set": data.name, "method": method, "seed": seed, "score_name": data.score,
-        "score": last["scores"][data.score]["value"], "seconds": results["seeds"][0]["seconds"],
+        "score": results["test"][data.score]["value"],
         "learning_rate": results["setting"]["learning_rate"],
         "epochs": results["setting"]["epochs"],
     }  # fmt: skip
 
 
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def seconds(model: Path, data: LabelledSet, method: str) -> float:
+    """Of the updates of one epoch."""
+    with tempfile.TemporaryDirectory() as scratch:
+        results = finetune(
+            model, data.train, Path(scratch) / "out", task=data.task, dev=data.dev, method=method,
+            setting=Setting(epochs=1),
+        )  # fmt: skip
+    return results["seeds"][0]["seconds"]
+
+
+def summary(runs: list[dict[str, Any]], costs: dict[str, float]) -> list[dict[str, Any]]:
     """A row for each set and method that has run."""
     rows = []
     for name in dict.fromkeys(run["set"] for run in runs):
         here = [run for run in runs if run["set"] == name]
-        plain = {run["seed"]: run for run in here if run["method"] == "plain"}
+        plain = {run["seed"]: run["score"] for run in here if run["method"] == "plain"}
         for method in dict.fromkeys(run["method"] for run in here):
             mine = [run for run in here if run["method"] == method]
-            both = [(run, plain[run["seed"]]) for run in mine if run["seed"] in plain]
             scores = [run["score"] for run in mine]
+            gains = [run["score"] - plain[run["seed"]] for run in mine if run["seed"] in plain]
             rows.append(
                 {
                     "set": name,
@@ -66,13 +78,41 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "seeds": len(mine),
                     "mean": statistics.mean(scores),
                     "sd": statistics.stdev(scores) if len(scores) > 1 else None,
-                    "difference": statistics.mean(a["score"] - b["score"] for a, b in both)
-                    if both else None,
-                    "cost": statistics.median(a["seconds"] / b["seconds"] for a, b in both)
-                    if both else None,
+                    "difference": statistics.mean(gains) if gains else None,
+                    "cost": costs.get(method),
                 }
-            )  # fmt: skip
+            )
     return rows
+
+
+class Results:
+    """The file of results: ``runs``, ``costs`` and the rows made of them."""
+
+    def __init__(self, path: Path, model: Path) -> None:
+        self.path, self.model = path, model
+        self.runs: list[dict[str, Any]] = []
+        self.costs: dict[str, float] = {}
+        if path.exists():
+            self.add(path)
+
+    def add(self, path: Path) -> None:
+        """What another file holds."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self.runs += [run for run in found["runs"] if _key(run) not in self.done()]
+        self.costs.update(found["costs"])
+
+    def done(self) -> set[tuple[str, str, int]]:
+        return {_key(run) for run in self.runs}
+
+    def write(self) -> None:
+        rows = summary(self.runs, self.costs)
+        result = {"machine": timing.machine(), "model": self.model.parent.name, "rows": rows,
+                  "runs": self.runs, "costs": self.costs}  # fmt: skip
+        timing.write(self.path, result)
+
+
+def _key(run: dict[str, Any]) -> tuple[str, str, int]:
+    return run["set"], run["method"], run["seed"]
 
 
 def main() -> None:
@@ -80,29 +120,38 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder; default: MiniLM-L6")
     parser.add_argument("--data", type=Path, default=Path("bench-data"))
     parser.add_argument("--by-hand", type=Path, help="where SICK is")
-    parser.add_argument("--sets", default="trec6:1000,sick-entailment:1000")
+    parser.add_argument("--sets", default="trec6:1000,trec50:1000,sick-entailment:1000")
     parser.add_argument("--methods", default=" ".join(("plain", *METHODS, *BEST)))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--out", type=Path, default=Path("bench/results/finetune_methods.json"))
+    parser.add_argument("--time", action="store_true", help="measure what each method costs")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files to take runs from")
     arguments = parser.parse_args()
     model = arguments.model or checkpoint()
-    runs = []
-    if arguments.out.exists():
-        runs = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"]
-    done = {(run["set"], run["method"], run["seed"]) for run in runs}
+    results = Results(arguments.out, model)
+    if arguments.merge:
+        for path in arguments.merge:
+            results.add(path)
+        return results.write()
     sets = finetune_data.prepare(arguments.sets.split(","), arguments.data, arguments.by_hand)
+    methods = arguments.methods.split()
+    if arguments.time:
+        for method in methods:
+            plain = seconds(model, sets[0], "plain")
+            results.costs[method] = seconds(model, sets[0], method) / plain
+            results.write()
+        return None
     # Seed by seed: what stands in the file early on is all methods, once.
     for seed in range(arguments.seeds):
         for data in sets:
-            for method in arguments.methods.split():
-                if (data.name, method, seed) in done:
+            for method in methods:
+                if (data.name, method, seed) in results.done():
                     continue
-                runs.append(run(model, data, method, seed, arguments.epochs))
-                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
-                result = {"machine": timing.machine(), "model": model.parent.name,
-                          "rows": summary(runs), "runs": runs}  # fmt: skip
-                timing.write(arguments.out, result)
+                results.runs.append(run(model, data, method, seed, arguments.epochs))
+                print(json.dumps(results.runs[-1]), file=sys.stderr, flush=True)
+                results.write()
+    return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 out/run.json         what the run was started with
 out/seed-0/          see ``trainer``, a folder a seed
+out/kept.json        the seeds that were not stopped early, once that is decided
 out/model/           a Hugging Face folder: the best evaluation of the best seed
 out/results.json     scores with confidence intervals, of every seed and of the model
 out/predictions.jsonl, confusion.png, calibration.png      of the test rows, else of dev
@@ -26,7 +27,7 @@ from fastbert.finetune.trainer import CHECKPOINTS, Trainer
 from fastbert.models.checkpoint import load_config
 from fastbert.train.processes import accelerator as new_accelerator
 
-RUN, RESULTS, MODEL = "run.json", "results.json", "model"
+RUN, RESULTS, MODEL, KEPT = "run.json", "results.json", "model", "kept.json"
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -144,8 +145,12 @@ def _begin(out: Path, facts: dict[str, Any], resume: bool) -> None:
     if path.exists():
         raise ValueError(f"out: {out} holds a run already; resume it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
+    _write_json(path, facts)
+
+
+def _write_json(path: Path, content: Any) -> None:
     with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -170,8 +175,7 @@ class _Runs:
         if self.seeds > 1 and part > 0:
             for seed in going:
                 rows[seed] = self._train(seed, until=part)
-            ranked = sorted(going, key=lambda seed: -rows[seed]["best"])
-            going = sorted(ranked[: math.ceil(self.seeds / 2)])
+            going = self._kept(rows)
             self.tell({"kind": "early stop", "kept": going})
         for seed in going:
             rows[seed] = self._train(seed)
@@ -179,6 +183,20 @@ class _Runs:
         results = self._finish(best, rows)
         self.accelerator.wait_for_everyone()
         return results
+
+    def _kept(self, rows: dict[int, dict[str, Any]]) -> list[int]:
+        """The better half of the seeds. Written down, because a run that is resumed has evaluations
+        of some of them that the decision did not have."""
+        path = self.out / KEPT
+        self.accelerator.wait_for_everyone()
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        ranked = sorted(rows, key=lambda seed: -rows[seed]["best"])
+        kept = sorted(ranked[: math.ceil(self.seeds / 2)])
+        self.accelerator.wait_for_everyone()  # nobody sees the file that others do not see
+        if self.accelerator.is_main_process:
+            _write_json(path, kept)
+        return kept
 
     def _trainer(self, seed: int) -> Trainer:
         data, setting = self.data, self.setting
@@ -229,8 +247,7 @@ class _Runs:
             model = self.out / MODEL
             saved.save(trainer.model, data.task, data.reading, data.columns, model)
             report.write(self.out, data.task, *shown, results)
-            with replacing(self.out / RESULTS) as (path,):
-                path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            _write_json(self.out / RESULTS, results)
             for folder in self.out.glob("seed-*"):
                 # What the model was chosen from has served; its size is several times the model's.
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

@@ -38,7 +38,7 @@ from fastbert.nn.heads import IGNORED
 from fastbert.train import AdamW, checkpoint, param_groups
 from fastbert.train.errors import NotFinite
 from fastbert.train.logging import Log
-from fastbert.train.processes import mean, prepare, summed
+from fastbert.train.processes import broken, mean, prepare, summed
 from fastbert.train.rng import seed_all
 from fastbert.train.schedules import linear
 
@@ -165,16 +165,16 @@ class Trainer:
                 loss = torch.stack(losses).mean().item()
                 losses.clear()
                 if not math.isfinite(loss):
-                    raise NotFinite(
-                        f"step {self.step}: the loss is {loss}; {self.folder / CHECKPOINTS} holds "
-                        "the last whole checkpoint: try a lower learning rate"
-                    )
+                    raise self._not_finite(f"the loss is {loss}")
             self.seconds += time.perf_counter() - began
+            keeps = self.step in self.looks or self.step == last
+            if keeps and broken(self.accelerator, self.model):  # neither a best nor a checkpoint
+                raise self._not_finite("parameters are no numbers any more")
             if look:
                 yield self._noted("train", loss=loss, lr=self._rate())
             if self.step in self.looks:
                 yield self._noted("dev", **self._look())
-            if self.step in self.looks or self.step == last:
+            if keeps:
                 self.save()
 
     def _epoch(self) -> Iterator[list[dict[str, Any]]]:
@@ -291,6 +291,12 @@ class Trainer:
             for path in self.folder.glob(f"{METHOD}-*.safetensors"):
                 if path != self._method_file(self.step):
                     path.unlink()
+
+    def _not_finite(self, what: str) -> NotFinite:
+        return NotFinite(
+            f"step {self.step}: {what}; {self.folder / CHECKPOINTS} holds the last whole "
+            "checkpoint: try a lower learning rate"
+        )
 
     def _method_file(self, step: int) -> Path:
         return self.folder / f"{METHOD}-{step:08}.safetensors"

@@ -37,8 +37,7 @@ from fastbert.train import SCHEDULES, AdamW, Lamb, checkpoint, param_groups
 from fastbert.train.errors import NotFinite
 from fastbert.train.flops import Meter, peak
 from fastbert.train.logging import Log
-from fastbert.train.parameters import local
-from fastbert.train.processes import mean, prepare, summed
+from fastbert.train.processes import broken, mean, prepare, summed
 from fastbert.train.rng import seed_all
 
 Tensor = torch.Tensor
@@ -203,11 +202,11 @@ class Trainer:
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint, but never over a good one what is no number any more: the last step
-        may have had a good loss and a gradient that overflowed. Raises NotFinite."""
-        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
-        (broken,) = summed(self.accelerator, [int(not finite)])
-        if broken:
+        """Write a checkpoint, but never over a good one what is no number any more.
+
+        Raises NotFinite.
+        """
+        if broken(self.accelerator, self.model):
             raise self._not_finite(self.progress.step, "parameters are no numbers any more")
         return checkpoint.save(
             self.folder / CHECKPOINTS,

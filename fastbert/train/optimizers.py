@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -82,8 +83,10 @@ class _MultiTensor(Optimizer):
             self._update(part, hyper, scale, all_reduce)
         return loss
 
-    def _update(self, slots: list[Slot], hyper: Hyper, scale: Tensor | None, reduce: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _update(
+        self, slots: list[Slot], hyper: Hyper, scale: Tensor | None, reduce: Any
+    ) -> None: ...
 
     def _slots(self) -> tuple[list[Tensor], dict[Hyper, list[Slot]]]:
         """The parameters that have a gradient, and their slots by the numbers that they share."""

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from fastbert.train.parameters import local
+
 
 def accelerator(precision: str) -> Any:
     """An Accelerator for this process, under ``accelerate launch`` or torchrun one of several.
@@ -47,6 +49,13 @@ def summed(accelerator: Any, values: list[int]) -> list[int]:
     x = torch.tensor(values, dtype=torch.int64, device=accelerator.device)
     dist.all_reduce(x)
     return x.tolist()
+
+
+def broken(accelerator: Any, model: nn.Module) -> bool:
+    """Whether a parameter of some rank is no finite number: the last step may have had a good loss
+    and a gradient that overflowed."""
+    finite = all(bool(local(p).isfinite().all()) for p in model.parameters())
+    return bool(summed(accelerator, [int(not finite)])[0])
 
 
 def mean(accelerator: Any, parts: list[torch.Tensor]) -> torch.Tensor:

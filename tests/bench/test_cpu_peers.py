@@ -21,7 +21,6 @@ THREADS = 2
 
 if _native.cpu_reason() is not None:
     pytest.skip(str(_native.cpu_reason()), allow_module_level=True)
-pytest.importorskip("transformers")
 
 
 def _load(name: str) -> ModuleType:

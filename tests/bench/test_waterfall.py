@@ -74,7 +74,6 @@ def test_a_stage_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_plots_of_all_results(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plots = _load("plots")
     machine = {"gpu": {}, "cpu": {"cpu": "a CPU"}, "date": "2026-01-01", "commit": "abc"}
     step = {"step": "HF eager", "median_ms": 2.0, "over_first": 1.0}

@@ -213,7 +213,8 @@ def test_activations(activation: str, library: str, native: Any) -> None:
 
 
 def test_lora_is_merged() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,37 +20,17 @@ finetune(model, train, out, task="classify", dev=dev, method="freelb:steps=2,mag
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run(arguments: list[str], processes: int) -> None:
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    begun = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RUN, *arguments], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    for process in begun:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output.decode()[-3000:]
-
-
 def test_two_processes_are_as_one(
-    checkpoint: Path, reviews: tuple[Path, Path], tmp_path: Path
+    checkpoint: Path,
+    reviews: tuple[Path, Path],
+    tmp_path: Path,
+    in_processes: Callable[[list[str], int], None],
 ) -> None:
     logs = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        run([str(checkpoint), *map(str, reviews), str(out)], processes)
+        files = (checkpoint, *reviews, out)
+        in_processes([sys.executable, "-c", _RUN, *map(str, files)], processes)
         lines = (out / "seed-0" / "log.jsonl").read_text().splitlines()
         logs.append([row for row in map(json.loads, lines) if row["kind"] == "train"])
         assert (out / "results.json").is_file()

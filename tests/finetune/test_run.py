@@ -169,6 +169,34 @@ def test_the_worse_seeds_stop_early(checkpoint: Path, reviews: Paths, tmp_path: 
     assert results["seed"] in kept
 
 
+@pytest.mark.parametrize("stop_at", [6, 20])
+def test_seeds_that_stop_early_are_the_same_when_resumed(
+    checkpoint: Path, reviews: Paths, tmp_path: Path, stop_at: int
+) -> None:
+    """Stopped before the decision, and behind it, where what is written down counts, not the
+    evaluations that the seeds have by then."""
+    train, dev = reviews
+    arguments: dict[str, Any] = {
+        "task": "classify", "dev": dev, "seeds": 2,
+        "setting": setting(early_stop=0.5, evaluations=6),
+    }  # fmt: skip
+    whole = finetune(checkpoint, train, tmp_path / "whole", **arguments)
+    out = tmp_path / "parts"
+
+    def tell(noted: dict[str, Any]) -> None:
+        if noted.get("step", 0) == stop_at and noted["kind"] == "train":
+            raise Stop
+
+    with pytest.raises(Stop):
+        finetune(checkpoint, train, out, tell=tell, **arguments)
+    decided, expected = out / "kept.json", whole["seed"]
+    assert decided.exists() == (stop_at == 20)
+    if decided.exists():
+        expected = 1 - expected
+        decided.write_text(json.dumps([expected]))
+    assert finetune(checkpoint, train, out, resume=True, **arguments)["seed"] == expected
+
+
 def test_patience_ends_a_run(checkpoint: Path, reviews: Paths, tmp_path: Path) -> None:
     train, dev = reviews
     results = finetune(
@@ -325,6 +353,32 @@ def test_not_finite(checkpoint: Path, reviews: Paths, tmp_path: Path) -> None:
             checkpoint, train, tmp_path / "out", task="classify", dev=dev,
             setting=setting(learning_rate=1e30, warmup=0.0, max_grad_norm=1e30),
         )  # fmt: skip
+
+
+def test_parameters_that_overflowed_are_never_saved(
+    checkpoint: Path, reviews: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a good loss: the checkpoint before it stays, and the run can go on from there."""
+    train, dev = reviews
+    arguments: dict[str, Any] = {
+        "task": "classify", "dev": dev, "setting": setting(evaluations=3, dropout=0.0),
+    }  # fmt: skip
+    whole = finetune(checkpoint, train, tmp_path / "whole", **arguments)
+    update = Trainer.update
+
+    def overflowing(self: Trainer, parts: Any) -> torch.Tensor:
+        loss = update(self, parts)
+        if self.step == max(self.looks - {self.total_steps}):
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "update", overflowing)
+    out = tmp_path / "out"
+    with pytest.raises(NotFinite, match="parameters are no numbers any more"):
+        finetune(checkpoint, train, out, **arguments)
+    monkeypatch.undo()
+    assert finetune(checkpoint, train, out, resume=True, **arguments)["dev"] == whole["dev"]
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastbert.data import Corpus
-
-pytest.importorskip("accelerate")
 
 CONFIG = {
     "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -21,27 +17,10 @@ CONFIG = {
 }  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+Run = Callable[[list[str], int], None]
 
 
-def losses(command: list[str], out: Path, processes: int) -> list[float]:
-    shared = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    begun = [
-        subprocess.Popen(
-            [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    for process in begun:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output.decode()[-3000:]
+def losses(out: Path) -> list[float]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert (out / "model" / "model.safetensors").is_file()
     return [row["loss"] for row in rows if row["kind"] == "train"] + [
@@ -49,7 +28,7 @@ def losses(command: list[str], out: Path, processes: int) -> list[float]:
     ]
 
 
-def test_two_processes_are_as_one(documentation: Corpus, tmp_path: Path) -> None:
+def test_two_processes_are_as_one(documentation: Corpus, tmp_path: Path, in_processes: Run) -> None:
     """512 tokens an update: two batches of one process, or one of each of two. Ranks see other
     numbers of targets: the loss is the mean over all of them nonetheless."""
     config = tmp_path / "config.json"
@@ -59,6 +38,7 @@ def test_two_processes_are_as_one(documentation: Corpus, tmp_path: Path) -> None
         "--corpus", str(documentation.folder), "--size", str(config), "--steps", "10",
         "--length", "32", "--batch", "16", "--batch-tokens", "256", "--workers", "0",
     ]  # fmt: skip
-    one = losses(command, tmp_path / "one", 1)
-    two = losses(command, tmp_path / "two", 2)
+    for processes in (1, 2):
+        in_processes([*command, "--out", str(tmp_path / str(processes))], processes)
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) >= 1 and one == pytest.approx(two, rel=2e-5)

@@ -29,8 +29,6 @@ from fastbert.pretrain import (
     pretrain,
 )
 
-pytest.importorskip("accelerate")
-
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 64,
