@@ -43,7 +43,7 @@ class LabelledSet(NamedTuple):
 def prepare(names: Iterable[str], folder: Path, by_hand: Path | None) -> list[LabelledSet]:
     """Those sets, written to ``folder`` as csv, jsonl or json.
 
-    names: as below; ``NAME:N`` has N of its training rows, drawn at random, and 5 epochs.
+    names: as below; ``NAME:N`` has N of its training rows, drawn at random, and 8 epochs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
@@ -71,7 +71,7 @@ def _fewer(data: LabelledSet, rows: int) -> LabelledSet:
         header, *every = csv.reader(file)
     chosen = random.Random(rows).sample(every, rows)
     path = _write_csv(data.train.with_name(f"{data.train.stem}_{rows}.csv"), header, chosen)
-    return data._replace(name=f"{data.name}:{rows}", train=path, bar=None, epochs=5)
+    return data._replace(name=f"{data.name}:{rows}", train=path, bar=None, epochs=8)
 
 
 def _write_csv(path: Path, header: list[str], rows: Iterable[Iterable[object]]) -> Path:

@@ -14,6 +14,7 @@ _TASK = typer.Option(help="For a model that was not trained here; its labels are
 _COLUMN = typer.Option(help="role=column, such as text=question; as in training unless given.")
 _SKIP = typer.Option("--skip-bad", help="Leave bad rows out, and count them.")
 _TOKENS = typer.Option(help="Tokens that are computed at once.", min=8)
+_DEVICE = typer.Option(help="cpu or cuda; a GPU where there is one, for a float model.")
 
 
 def evaluate(
@@ -28,6 +29,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder for the confusion matrix and the calibration.")
     ] = None,
     batch_tokens: Annotated[int, _TOKENS] = 4096,
+    device: Annotated[str | None, _DEVICE] = None,
     skip_bad: Annotated[bool, _SKIP] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -37,17 +39,20 @@ def evaluate(
 
     from fastbert.finetune.report import plot
 
-    found = _evaluated(model, data, task, column, True, skip_bad, batch_tokens)
+    found = _evaluated(model, data, task, column, True, skip_bad, batch_tokens, device)
     _write(predictions, found)
-    outcomes = found.task.outcomes(found.predictions, found.table)
     if plots is not None:
+        outcomes = found.task.outcomes(found.predictions, found.table)
         if outcomes is None:
             raise ValueError(f"--plots: {found.task.name} has no classes to draw")
         plots.mkdir(parents=True, exist_ok=True)
         plot(plots, outcomes)
     if as_json:
         scores = {name: score._asdict() for name, score in found.scores.items()}
-        text = {"rows": len(found.table), "left_out": found.left_out, "scores": scores}
+        text = {
+            "rows": len(found.table), "windowed": found.windowed, "truncated": found.truncated,
+            "left_out": found.left_out, "scores": scores,
+        }  # fmt: skip
         return print(json.dumps(text, indent=2))
     table = Table(box=None)
     for heading in ("score", "value", "95% interval"):
@@ -55,7 +60,7 @@ def evaluate(
     for name, score in found.scores.items():
         table.add_row(name, f"{score.value:.4f}", f"{score.low:.4f} - {score.high:.4f}")
     Console().print(table)
-    _say_left_out(found)
+    _say_what_was_read(found)
 
 
 def predict(
@@ -65,12 +70,13 @@ def predict(
     task: Annotated[str | None, _TASK] = None,
     column: Annotated[list[str] | None, _COLUMN] = None,
     batch_tokens: Annotated[int, _TOKENS] = 4096,
+    device: Annotated[str | None, _DEVICE] = None,
     skip_bad: Annotated[bool, _SKIP] = False,
 ) -> None:
     """Predict for every row of a file; labels are not looked at."""
-    found = _evaluated(model, data, task, column, False, skip_bad, batch_tokens)
+    found = _evaluated(model, data, task, column, False, skip_bad, batch_tokens, device)
     _write(out, found)
-    _say_left_out(found)
+    _say_what_was_read(found)
     print(out)
 
 
@@ -95,7 +101,7 @@ def columns_of(given: list[str] | None) -> dict[str, str]:
 
 def _evaluated(
     model: Path, data: str, task: str | None, column: list[str] | None, labelled: bool,
-    skip_bad: bool, batch_tokens: int,
+    skip_bad: bool, batch_tokens: int, device: str | None,
 ) -> Any:  # fmt: skip
     from rich.console import Console
 
@@ -106,7 +112,19 @@ def _evaluated(
             model, data, task=task, columns=columns_of(column), labelled=labelled, skip_bad=skip_bad
         )
         status.update("computing")
-        return examiner(load_any(model), batch_tokens=batch_tokens)
+        loaded = load_any(model)
+        where = device or _best_device(loaded)
+        return examiner(loaded.to(where), batch_tokens=batch_tokens, device=where)
+
+
+def _best_device(model: Any) -> str:
+    """A quantised model was most likely made for the CPU."""
+    import torch
+
+    from fastbert.compress import QuantizedModel
+
+    on_gpu = torch.cuda.is_available() and not isinstance(model, QuantizedModel)
+    return "cuda" if on_gpu else "cpu"
 
 
 def _write(path: Path | None, found: Any) -> None:
@@ -116,8 +134,17 @@ def _write(path: Path | None, found: Any) -> None:
         write_predictions(path, found.predictions, found.table)
 
 
-def _say_left_out(found: Any) -> None:
+def rows_text(rows: int, windowed: int, truncated: int) -> str:
+    """How many there are, and what became of those that are too long."""
+    more = ((windowed, "in windows"), (truncated, "cut"))
+    return f"{rows:,} rows" + "".join(f", {count:,} {text}" for count, text in more if count)
+
+
+def _say_what_was_read(found: Any) -> None:
     from rich.console import Console
 
+    console = Console(stderr=True)
+    text = rows_text(len(found.table), found.windowed, found.truncated)
+    console.print(text, highlight=False)
     for reason, count in found.left_out.items():
-        Console(stderr=True).print(f"left out: {count:,} ({reason})", highlight=False)
+        console.print(f"left out: {count:,} ({reason})", highlight=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastbert.cli.evaluate import columns_of
+from fastbert.cli.evaluate import columns_of, rows_text
 
 
 def finetune(
@@ -34,33 +35,60 @@ def finetune(
         str, typer.Option(help="freelb, layerwise-lr:.9+mixout:.7, …; --list shows all.")
     ] = "plain",
     then: Annotated[
-        str | None, typer.Option(help="Rows of a second task, to train on behind the first.")
+        str | None, typer.Option(help="Training rows of a second task, behind the first.")
     ] = None,
     then_task: Annotated[
-        str | None, typer.Option(help="Of --then; the first unless given.")
+        str | None, typer.Option(help="The second task; the first again unless given.")
     ] = None,
-    then_dev: Annotated[str | None, typer.Option(help="Of --then.")] = None,
-    then_test: Annotated[str | None, typer.Option(help="Of --then.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="By the size of the data.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="By the width of the model.")] = None,
+    then_dev: Annotated[str | None, typer.Option(help="As --dev, for the second task.")] = None,
+    then_test: Annotated[str | None, typer.Option(help="As --test, for the second task.")] = None,
+    then_column: Annotated[
+        list[str] | None, typer.Option(help="As --column, for the second task.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes over the training rows; 3 to 20 by their number unless given.", min=1
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate; by the width unless given: 3e-5 at 768."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows in an update, on average.", min=1)] = 32,
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens that a process computes at once.", min=8)
     ] = 4096,
-    warmup: Annotated[float, typer.Option(help="Part of the updates.")] = 0.1,
-    dropout: Annotated[float | None, typer.Option(help="The checkpoint's unless given.")] = None,
+    warmup: Annotated[
+        float, typer.Option(help="Part of the updates in which the learning rate rises.")
+    ] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, of matrices.", min=0)] = 0.01,
+    bias_correction: Annotated[
+        bool, typer.Option(help="Of Adam's moments; BERT's own optimiser had none.")
+    ] = True,
+    dropout: Annotated[
+        float | None, typer.Option(help="Probability everywhere; the checkpoint's unless given.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a window; the model's unless given.", min=4)
     ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens that windows share; a quarter unless given.", min=0)
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs; the worse half stop early.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first run.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Runs from other seeds, of which the best is kept.", min=1)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="The first run's seed.")] = 0,
     early_stop: Annotated[
-        float, typer.Option(help="Part of a run after which bad seeds stop; 0 for never.")
+        float,
+        typer.Option(help="Part of a run after which the worse half of the seeds stop; 0: never."),
     ] = 0.3,
-    evaluations: Annotated[int, typer.Option(help="In an epoch.", min=1)] = 1,
+    evaluations: Annotated[
+        int, typer.Option(help="Looks at the development rows in an epoch.", min=1)
+    ] = 1,
+    patience: Annotated[
+        int | None, typer.Option(help="Looks without a better score that end a run.", min=1)
+    ] = None,
     search: Annotated[
         str | None,
         typer.Option(help="auto, or a grid such as learning-rate=5e-5/1e-4,batch=16/32."),
@@ -90,13 +118,16 @@ def finetune(
     if missing:
         raise ValueError(f"{', '.join(missing)}: missing")
     assert model is not None and task is not None and train is not None and out is not None
+    from fastbert.finetune.methods import parse
     from fastbert.finetune.run import finetune as run
     from fastbert.finetune.setting import Setting
 
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has begun
     setting = Setting(
         epochs=epochs, learning_rate=lr, batch=batch, batch_tokens=batch_tokens, warmup=warmup,
         dropout=dropout, max_length=max_length, stride=stride, precision=precision, seed=seed,
-        evaluations=evaluations, early_stop=early_stop, tracker=log,
+        evaluations=evaluations, early_stop=early_stop, tracker=log, patience=patience,
+        weight_decay=weight_decay, bias_correction=bias_correction,
     )  # fmt: skip
     shared: dict[str, Any] = {"method": method, "skip_bad": skip_bad}
     files: dict[str, Any] = {
@@ -106,17 +137,27 @@ def finetune(
         "task": task,
         "columns": columns_of(column),
     }
-    with _Shown(hidden=as_json) as shown:
+    if then is not None and parse(method).structural:
+        raise ValueError(
+            f"--method: {method} leaves the model parts that the second task's does not have; "
+            "expected one that does not, with --then"
+        )
+    with _Shown(hidden=as_json or not is_first) as shown:
         if then is not None:
             run(model, out=out / "first", setting=setting, tell=shown.tell,
                 resume=_goes_on(out / "first", resume), **files, **shared)  # fmt: skip
             model = out / "first" / "model"
-            files = {"train": then, "dev": then_dev, "test": then_test, "task": then_task or task}
+            files = {
+                "train": then, "dev": then_dev, "test": then_test, "task": then_task or task,
+                "columns": columns_of(then_column),
+            }  # fmt: skip
             shared["new_head"] = True
         if search is not None:
             setting = _searched(search, model, setting, out, resume, shown, files, shared)
         results = run(model, out=out, setting=setting, seeds=seeds, tell=shown.tell,
                       resume=_goes_on(out, resume), **files, **shared)  # fmt: skip
+    if not is_first:
+        return None
     if as_json:
         print(json.dumps({"out": str(out), **results}, indent=2))
     else:
@@ -245,12 +286,8 @@ class _Shown:
         for part in ("train", "dev", "test"):
             if part in noted:
                 x = noted[part]
-                more = "".join(
-                    f", {x[key]:,} {text}"
-                    for key, text in (("windowed", "in windows"), ("truncated", "cut"))
-                    if x[key]
-                )
-                self.say(f"{part}: {x['rows']:,} rows, {x['tokens']:,} tokens{more}")
+                text = rows_text(x["rows"], x["windowed"], x["truncated"])
+                self.say(f"{part}: {x['tokens']:,} tokens, {text}")
         for reason, count in noted["left_out"].items():
             self.say(f"left out: {count:,} ({reason})")
         setting = noted["setting"]

@@ -68,6 +68,11 @@ class Data:
             },
         }
 
+    def sources(self) -> dict[str, str]:
+        """Where the rows came from."""
+        parts = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {name: part.table.name for name, part in parts.items() if part is not None}
+
     def class_counts(self) -> list[int] | None:
         """Rows, or tokens, of each class in training; None where there are no classes."""
         features = self.train.features

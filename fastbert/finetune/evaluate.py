@@ -25,13 +25,16 @@ from fastbert.finetune.tasks.targets import Prediction
 @dataclass(frozen=True)
 class Evaluation:
     """predictions: one for each row of ``table``.  scores: None where rows have no labels.
-    left_out: bad rows, by reason."""
+    left_out: bad rows, by reason.  windowed: rows that were read in several windows.
+    truncated: rows that lost tokens."""
 
     task: Task
     table: Table
     predictions: list[Prediction]
     scores: dict[str, Score] | None
     left_out: dict[str, int]
+    windowed: int
+    truncated: int
 
     @property
     def score(self) -> float:
@@ -92,7 +95,10 @@ class Examiner:
         outputs = run_model(model, self.task, features, batch_tokens, torch.device(device))
         predictions = self.task.decode(outputs, features, table)
         scores = self.task.scores(predictions, table) if self.labelled else None
-        return Evaluation(self.task, table, predictions, scores, self.left_out)
+        return Evaluation(
+            self.task, table, predictions, scores, self.left_out, features.windowed,
+            features.truncated,
+        )  # fmt: skip
 
 
 def _has(table: Table, column: str | Sequence[str]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbert.atomic import replacing
+from fastbert.finetune.columns import TARGETS
 from fastbert.finetune.metrics import confusion, reliability
 from fastbert.finetune.table import Table
 from fastbert.finetune.tasks import Task
@@ -20,29 +22,44 @@ _MOST_CLASSES = 60  # a larger matrix cannot be read
 def write(
     out: Path, task: Task, predictions: Sequence[Prediction], table: Table, results: dict[str, Any]
 ) -> None:
-    """The predictions, plots where there are classes and matplotlib, and the model's card."""
+    """The predictions, plots where there are classes, and the model's card.
+
+    Warns where plots are left out for want of matplotlib.
+    """
     write_predictions(out / PREDICTIONS, predictions, table)
     outcomes = task.outcomes(predictions, table)
     if outcomes is not None:
-        plot(out, outcomes)
+        try:
+            plot(out, outcomes)
+        except ModuleNotFoundError as error:
+            warnings.warn(str(error), stacklevel=2)
     with replacing(out / "model" / "README.md") as (path,):
         path.write_text(_card(results), encoding="utf-8")
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], table: Table) -> None:
-    """A line a row: where it stood, what was predicted and, if known, what is right."""
+    """A line a row: where it stood, what was predicted and, as "gold", what its table says."""
+    targets = [table.columns[role] for role in TARGETS if role in table.columns]
     with replacing(path) as (temporary,), temporary.open("w", encoding="utf-8") as file:
         for row, prediction in enumerate(predictions):
-            file.write(json.dumps({table.unit: int(table.numbers[row]), **prediction}) + "\n")
+            line = {table.unit: int(table.numbers[row]), **prediction}
+            if targets:
+                line["gold"] = targets[0][row]
+            file.write(json.dumps(line) + "\n")
 
 
 def plot(out: Path, outcomes: Outcomes) -> None:
-    """The confusion matrix and the reliability diagram (Guo et al., arXiv 1706.04599, figure 1),
-    where matplotlib is installed."""
+    """The confusion matrix and the reliability diagram (Guo et al., arXiv 1706.04599, figure 1).
+
+    Raises ModuleNotFoundError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return
+        raise ModuleNotFoundError(
+            f"{CONFUSION} and {CALIBRATION} need matplotlib, which is not installed: "
+            "pip install 'fastbert[plots]'"
+        ) from None
     names = outcomes.names
     if len(names) <= _MOST_CLASSES:
         counts = confusion(outcomes.gold, outcomes.predicted, len(names))
@@ -86,7 +103,7 @@ def _card(results: dict[str, Any]) -> str:
         f"Fine-tuned ({results['method']}) on {data['train']['rows']:,} rows, "
         f"{setting['epochs']} epochs at {setting['learning_rate']:g}; of {len(results['seeds'])} "
         f"seeds the best by {results['selects']} on {data['dev']['rows']:,} development rows. "
-        "`run.json` beside this folder says all of it.", "",
+        "`run.json` beside this folder says from what, and how.", "",
         "| rows | score | value | 95% interval |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for name in ("dev", "test"):

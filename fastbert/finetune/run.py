@@ -24,6 +24,7 @@ from fastbert.finetune.data import Data, Source, digest, read_data
 from fastbert.finetune.methods import Method, parse
 from fastbert.finetune.setting import Setting
 from fastbert.finetune.trainer import CHECKPOINTS, Trainer
+from fastbert.models.bert import BertPreTrained
 from fastbert.models.checkpoint import load_config
 from fastbert.train.processes import accelerator as new_accelerator
 
@@ -83,11 +84,16 @@ def finetune(
     setting = _filled(setting, method, data, folder)
     own = accelerator is None
     accelerator = accelerator or new_accelerator(setting.precision)
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP":
+        raise ValueError("accelerate: got FSDP, expected DDP, or one process, for fine-tuning")
+    runs = _Runs(folder, data, method, setting, seeds, new_head, out, accelerator, tell)
+    runs.new_model(setting.seed)  # what does not fit together says so before anything is written
     if accelerator.is_main_process:
-        _begin(out, _run_facts(folder, data, method, setting, seeds, new_head), resume)
+        facts = _run_facts(folder, data, method, setting, seeds, new_head)
+        _begin(out, facts, data.sources(), resume)
     accelerator.wait_for_everyone()
     tell({"kind": "data", **data.describe(), "setting": setting.to_dict(), "method": str(method)})
-    runs = _Runs(folder, data, method, setting, seeds, new_head, out, accelerator, tell)
     results = runs.results()
     if own:
         accelerator.end_training()
@@ -128,7 +134,9 @@ def _run_facts(
     }
 
 
-def _begin(out: Path, facts: dict[str, Any], resume: bool) -> None:
+def _begin(out: Path, facts: dict[str, Any], sources: dict[str, str], resume: bool) -> None:
+    """facts: that have to be the same when the run is resumed.  sources: which are written down
+    beside them; files may move."""
     path = out / RUN
     facts = json.loads(json.dumps(facts))
     if resume:
@@ -145,7 +153,7 @@ def _begin(out: Path, facts: dict[str, Any], resume: bool) -> None:
     if path.exists():
         raise ValueError(f"out: {out} holds a run already; resume it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, facts)
+    _write_json(path, {**facts, "sources": sources})
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -198,13 +206,22 @@ class _Runs:
             _write_json(path, kept)
         return kept
 
-    def _trainer(self, seed: int) -> Trainer:
-        data, setting = self.data, self.setting
-        model = saved.start(self.folder, data.task, setting, seed, new_head=self.new_head)
+    def new_model(self, seed: int) -> BertPreTrained:
+        """The checkpoint with the task's head, as the method wants it.
+
+        Raises ValueError where checkpoint, task and method do not go together.
+        """
+        data = self.data
+        model = saved.start(self.folder, data.task, self.setting, seed, new_head=self.new_head)
         counts = data.class_counts()
         if counts is not None:
             self.method.count_classes(counts)
         self.method.prepare(model)
+        return model
+
+    def _trainer(self, seed: int) -> Trainer:
+        data, setting = self.data, self.setting
+        model = self.new_model(seed)
         folder = self.out / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(

@@ -90,7 +90,10 @@ def save(
     model: BertPreTrained, task: Task, reading: Reading, columns: dict[str, Any], folder: Path
 ) -> None:
     """Write a trained model as a folder that ``load`` and Hugging Face read."""
-    model.save_pretrained(folder)
+    if isinstance(model, SentenceEncoder):
+        model.save_pretrained(folder, max_length=reading.max_length)
+    else:
+        model.save_pretrained(folder)
     facts = {**reading._asdict(), "columns": columns, "state": task.state()}
     with replacing(folder / TASK) as (path,):
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -75,12 +75,18 @@ class SentenceEncoder(BertPreTrained):
             raise ValueError(f"groups: got {groups} with labels, expected 2")
         return TaskOutput(loss, vectors)
 
-    def save_pretrained(self, folder: str | Path, **kwargs: int) -> None:
-        """A folder of sentence-transformers, which is one of Hugging Face's BertModel too."""
+    def save_pretrained(
+        self, folder: str | Path, *, max_length: int | None = None, **kwargs: int
+    ) -> None:
+        """A folder of sentence-transformers, which is one of Hugging Face's BertModel too.
+
+        max_length: tokens at which sentence-transformers is to cut texts; None: all positions.
+        """
         folder = Path(folder)
         self.bert.source_folder = self.source_folder
         self.bert.save_pretrained(folder, **kwargs)
-        width, length = self.config.hidden_size, self.config.max_position_embeddings
+        width = self.config.hidden_size
+        length = max_length or self.config.max_position_embeddings
         modules = [
             {"idx": i, "name": str(i), "path": path, "type": kind}
             for i, (path, kind) in enumerate(_MODULES)

@@ -1,7 +1,8 @@
 """Presets: the options of published recipes, by name. Sizes are apart from them: ``size``.
 
 A preset says what the paper does to text and to the learning rate; the encoder is BERT's in all of
-them. Numbers are those of the papers' base models (or of the one model that they have).
+them. Numbers are those of the papers' base models (or of the one model that they have), or of the
+code that came with it; what neither says is BERT's.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ PRESETS: dict[str, Preset] = {
         Options(
             objective="mlm+word-order+3way",
             phases=(Phase(512, 1_000_000, 256, max_predictions=80),),
+            warmup_steps=100_000,  # a tenth of all
         ),
     ),
     "xlnet": Preset(
@@ -206,7 +208,7 @@ PRESETS: dict[str, Preset] = {
         Options(
             objective="bart",
             source="segments",
-            phases=(Phase(512, 500_000, 2048),),
+            phases=(Phase(512, 500_000, 8_000),),
             betas=(0.9, 0.98),
             bias_correction=True,
         ),

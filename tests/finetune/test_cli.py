@@ -91,6 +91,47 @@ def test_two_tasks_one_behind_the_other(checkpoint: Path, reviews: Paths, tmp_pa
     assert begun["model"] == str((out / "first" / "model").resolve()) and begun["new_head"]
 
 
+def test_two_tasks_with_columns_of_their_own(
+    checkpoint: Path, reviews: Paths, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores.jsonl"
+    lines = [{"a": "good film", "b": "x y", "c": 4.5}, {"a": "bad film", "b": "y x", "c": 1.5}] * 10
+    scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    arguments = ("finetune", "--model", checkpoint, "--task", "classify", "--train", reviews[0],
+                 "--then", scores, "--then-task", "regress", "--out", out, *_QUICK)  # fmt: skip
+    refused = run(*arguments, "--method", "scalar-mix")
+    assert (
+        refused.returncode == 2 and "--method: scalar-mix leaves the model parts" in refused.stderr
+    )
+    assert not out.exists()
+    succeed(*arguments, "--then-column", "text=a", "--then-column", "label=c")
+    assert json.loads((out / "run.json").read_text())["columns"] == {"text": "a", "label": "c"}
+
+
+def test_what_is_cut_is_counted(tuned: tuple[Path, str], tmp_path: Path) -> None:
+    """A text of more tokens than the model has positions goes through it in windows."""
+    rows = tmp_path / "rows.jsonl"
+    texts = ["the film was good " * 20, "a bad film"]
+    rows.write_text("".join(json.dumps({"text": x, "label": "praise"}) + "\n" for x in texts))
+    model = tuned[0] / "model"
+    found = json.loads(succeed("evaluate", "--model", model, "--data", rows, "--json"))
+    assert (found["rows"], found["windowed"], found["truncated"]) == (2, 1, 0)
+    done = run("predict", "--model", model, "--data", rows, "--out", tmp_path / "said.jsonl")
+    assert "2 rows, 1 in windows" in done.stderr
+
+
+def test_options_reach_the_setting(checkpoint: Path, reviews: Paths, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("finetune", "--model", checkpoint, "--task", "classify", "--train", reviews[0],
+            "--out", out, *_QUICK, "--no-bias-correction", "--patience", 3, "--weight-decay", 0.1,
+            "--warmup", 0.2)  # fmt: skip
+    used = json.loads((out / "run.json").read_text())["setting"]
+    assert (used["bias_correction"], used["patience"], used["weight_decay"], used["warmup"]) == (
+        False, 3, 0.1, 0.2,
+    )  # fmt: skip
+
+
 def test_search_takes_the_best_rate(checkpoint: Path, reviews: Paths, tmp_path: Path) -> None:
     train, dev = reviews
     out = tmp_path / "out"

@@ -1,8 +1,9 @@
-"""TREC-6 with a real checkpoint, from csv to int8, by the command line alone."""
+"""Real data and a real checkpoint, from a table to int8, by the command line alone."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import subprocess
@@ -49,16 +50,45 @@ def trec(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return parts[0], parts[1]
 
 
-@pytest.mark.slow
-def test_trec_from_csv_to_int8(trec: tuple[Path, Path], tmp_path: Path) -> None:
-    train, test = trec
+def check(tmp_path: Path, least: float, *arguments: object, test: Path) -> None:
+    """Fine-tune, quantise, evaluate: accuracy of ``test`` before and after."""
     out, int8 = tmp_path / "out", tmp_path / "int8"
     printed = run(
-        "finetune", "--model", minilm(), "--task", "classify", "--train", train, "--test", test,
-        "--out", out, "--json",
-    )  # fmt: skip
+        "finetune", "--model", minilm(), *arguments, "--test", test, "--out", out, "--json"
+    )
     accuracy = json.loads(printed)["test"]["accuracy"]["value"]
-    assert accuracy >= 0.955
+    assert accuracy >= least
     run("quantize", "--model", out / "model", "--out", int8)
     found = json.loads(run("evaluate", "--model", int8, "--data", test, "--json"))
     assert found["scores"]["accuracy"]["value"] >= accuracy - 0.005
+
+
+@pytest.mark.slow
+def test_trec(trec: tuple[Path, Path], tmp_path: Path) -> None:
+    train, test = trec
+    check(tmp_path, 0.955, "--task", "classify", "--train", train, test=test)
+
+
+@pytest.fixture(scope="module")
+def sick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SICK (Marelli et al., LREC 2014), which no package carries: SICK_train.txt.gz,
+    SICK_trial.txt.gz and SICK_test_annotated.txt.gz in the folder that FASTBERT_SICK names."""
+    source = os.environ.get("FASTBERT_SICK")
+    if source is None:
+        pytest.skip("FASTBERT_SICK names no folder with the files of SICK")
+    folder = tmp_path_factory.mktemp("sick")
+    found = {}
+    for name in ("train", "trial", "test_annotated"):
+        found[name] = folder / f"{name}.tsv"
+        with gzip.open(Path(source) / f"SICK_{name}.txt.gz") as packed:
+            found[name].write_bytes(packed.read())
+    return found
+
+
+@pytest.mark.slow
+def test_sick_entailment(sick: dict[str, Path], tmp_path: Path) -> None:
+    check(
+        tmp_path, 0.84, "--task", "pairs", "--train", sick["train"], "--dev", sick["trial"],
+        "--column", "text=sentence_A", "--column", "text_pair=sentence_B",
+        "--column", "label=entailment_judgment", test=sick["test_annotated"],
+    )  # fmt: skip

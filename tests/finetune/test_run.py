@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -43,6 +44,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+_FSDP = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))
+
+
 class Stop(Exception):
     pass
 
@@ -63,7 +67,11 @@ def test_learns_and_leaves_a_model(checkpoint: Path, reviews: Paths, tmp_path: P
     model = fastbert.BertForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "blame", 1: "praise"}
     rows = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
-    assert len(rows) == 40 and json.loads(rows[0])["line"] == 2
+    first = json.loads(rows[0])
+    assert len(rows) == 40 and first["line"] == 2 and first["gold"] in ("praise", "blame")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["sources"] == {
+        "train": str(train), "dev": str(dev), "test": str(dev)
+    }  # fmt: skip
     for name in ("confusion.png", "calibration.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "| dev | accuracy |" in (folder / "README.md").read_text()
@@ -391,6 +399,15 @@ def test_parameters_that_overflowed_are_never_saved(
         ({"columns": {"text": "txt"}}, "no column 'txt' for 'text' .is 'text' meant"),
         ({"resume": True}, "holds no run to resume"),
         ({"train": "nowhere.csv"}, "nowhere.csv"),
+        ({"accelerator": _FSDP}, "accelerate: got FSDP, expected DDP"),
+        (
+            {
+                "task": "regress",
+                "train": Table.of("t", text=["a", "b"], label=[1.0, 2.0]),
+                "method": "class-weights",
+            },
+            "class-weights: got a model for regression",
+        ),
     ],
 )
 def test_bad_arguments(

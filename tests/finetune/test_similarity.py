@@ -190,11 +190,13 @@ def test_sentence_transformers_gives_the_same_vectors(checkpoint: Path, tmp_path
 
     finetune(
         checkpoint, pairs(32, 1, True), tmp_path / "out", task="similarity",
-        setting=Setting(epochs=1, learning_rate=1e-3),
+        setting=Setting(epochs=1, learning_rate=1e-3, max_length=16),
     )  # fmt: skip
     folder = tmp_path / "out" / "model"
     texts = ["the cat sat on the mat", "a dog", "new york is a city !"]
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(texts)
+    peer = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    assert peer.max_seq_length == 16  # where training cut texts
+    theirs = peer.encode(texts)
     tokenizer = make_small_tokenizer()
     batch = PackedBatch.from_sequences([tokenizer.encode(text).ids for text in texts])
     with torch.no_grad():

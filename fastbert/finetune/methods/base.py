@@ -174,6 +174,10 @@ class Methods(Method):
         """The first that one of them asks for."""
         return next((m.learning_rate for m in self.methods if m.learning_rate is not None), None)
 
+    @property
+    def structural(self) -> bool:  # type: ignore[override]
+        return any(method.structural for method in self.methods)
+
     def count_classes(self, counts: Sequence[int]) -> None:
         for method in self.methods:
             method.count_classes(counts)
