@@ -12,7 +12,7 @@ demo:  ## a real checkpoint beside Hugging Face: parity, speed, a chart
 	$(BIN)/fastbert demo
 
 test:  ## the default tier of tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 bench:  ## every op and the model against its peers, to bench/results
 	$(PYTHON) bench/run.py

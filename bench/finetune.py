@@ -8,7 +8,8 @@ machine disturbs all alike. Every one trains all rows of the training set as oft
 many rows (fastbert's take as many tokens as these have on average), with the same peak rate,
 warm-up and decay, AdamW, weight decay, dropout and clipping; the last epoch's model is scored on
 the test rows by the same code. ``int8_loss`` is what quantising to int8 takes from the score. Times
-are those of the training loop alone: no imports, no tokenisation, no evaluation.
+are those of the training loop alone: no imports, no tokenisation, no evaluation; ``--untimed``
+leaves them out, for a machine that does other things beside.
 
     trainer           transformers.Trainer, SDPA, padding to the longest of a batch
     trainer sorted    the same, with batches of rows of like lengths (group_by_length)
@@ -153,7 +154,12 @@ def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    model: Path, data: LabelledSet, runners: list[str], seeds: int, epochs: int | None
+    model: Path,
+    data: LabelledSet,
+    runners: list[str],
+    seeds: int,
+    epochs: int | None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """One row of the results: each runner's seconds and scores, seed by seed."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in runners}
@@ -171,7 +177,10 @@ def measure(
                                                              for x in data],
                 "setting": setting.replace(seed=seed).to_dict(),
             }  # fmt: skip
-            found[name].append(in_a_process(job))
+            run = in_a_process(job)
+            if not timed:
+                del run["seconds"]
+            found[name].append(run)
             print(data.name, name, seed, json.dumps(found[name][-1]), file=sys.stderr, flush=True)
     row: dict[str, Any] = {
         "set": data.name, "score": data.score, "bar": data.bar, "setting": setting.to_dict(),
@@ -182,9 +191,11 @@ def measure(
         row[name] = {
             "mean": statistics.mean(scores),
             "sd": statistics.stdev(scores) if len(scores) > 1 else None,
-            "seconds": statistics.median(run["seconds"] for run in runs),
-            "tokens_per_s": statistics.median(run["tokens"] / run["seconds"] for run in runs),
         }
+        if not timed:
+            continue
+        row[name]["seconds"] = statistics.median(run["seconds"] for run in runs)
+        row[name]["tokens_per_s"] = statistics.median(r["tokens"] / r["seconds"] for r in runs)
         if name != "fastbert" and "fastbert" in found:
             pairs = zip(runs, found["fastbert"], strict=True)
             row[name]["speedup"] = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
@@ -200,6 +211,7 @@ def main() -> None:
     parser.add_argument("--runners", default=",".join(RUNNERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--untimed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench/results/finetune_cpu.json"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,7 +223,10 @@ def main() -> None:
         rows = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
     sets = finetune_data.prepare(arguments.sets.split(","), arguments.data, arguments.by_hand)
     for data in sets:
-        row = measure(model, data, arguments.runners.split(","), arguments.seeds, arguments.epochs)
+        row = measure(
+            model, data, arguments.runners.split(","), arguments.seeds, arguments.epochs,
+            not arguments.untimed,
+        )  # fmt: skip
         rows = [other for other in rows if other["set"] != data.name] + [row]
         result = {"machine": timing.machine(), "model": model.parent.name, "rows": rows}
         timing.write(arguments.out, result)

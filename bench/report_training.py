@@ -49,7 +49,7 @@ def finetune(path: Path, table: Table, machine: Callable[[dict[str, Any]], str])
     rows = []
     for row in result["rows"]:
         names = [name for name in row["runs"] if name != "fastbert"]
-        seeds = len(row["runs"]["fastbert"])
+        seeds, timed = len(row["runs"]["fastbert"]), "seconds" in row["fastbert"]
         rows.append(
             [
                 row["set"],
@@ -57,9 +57,9 @@ def finetune(path: Path, table: Table, machine: Callable[[dict[str, Any]], str])
                 "–" if row["bar"] is None else f"{100 * row['bar']:g}",
                 _percent(row["fastbert"]),
                 ", ".join(f"{name} {_percent(row[name])}" for name in names) or "–",
-                f"{row['fastbert']['seconds']:.0f}",
-                f"{row['fastbert']['tokens_per_s']:,.0f}",
-                ", ".join(f"{row[name]['speedup']:.2f}× {name}" for name in names) or "–",
+                f"{row['fastbert']['seconds']:.0f}" if timed else "–",
+                f"{row['fastbert']['tokens_per_s']:,.0f}" if timed else "–",
+                ", ".join(f"{row[n]['speedup']:.2f}× {n}" for n in names if timed) or "–",
                 _worst_loss(row["runs"]["fastbert"]),
                 str(seeds),
             ]

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core, of one thread each: pools of several would get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

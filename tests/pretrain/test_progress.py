@@ -61,7 +61,8 @@ def test_every_look_has_what_the_line_shows(
         assert 0.0 <= row["accuracy"]["rtd/generator"] < 0.5 < row["accuracy"]["rtd"] <= 1.0
         seconds = row["seconds"] - before["seconds"]
         rate = (row["tokens"] - before["tokens"]) / seconds
-        assert row["tokens_per_s"] == pytest.approx(rate, rel=0.002 / seconds)
+        # Written to a tenth of a token, and a thousandth of a second at either end.
+        assert row["tokens_per_s"] == pytest.approx(rate, rel=0.001 / seconds, abs=0.05)
         assert 0.0 < row["mfu"] < 1.0
         before = row
     assert left[0] == pytest.approx(2 * rows[0]["seconds"], rel=0.01) and left[-1] == 0.0
