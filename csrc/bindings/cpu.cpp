@@ -115,6 +115,8 @@ PYBIND11_MODULE(_cpu, m) {
        [](const void*, const int64_t* index, int64_t count, int64_t num_rows, auto...) {
          fastbert::check_index(index, count, num_rows);
        });
+  bind(m, "squared_norm", &KernelTable::squared_norm, kNoCheck);
+  bind(m, "adamw_step", &KernelTable::adamw_step, kNoCheck);
 
   bind_engine(m);
   bind_linear(m);

@@ -83,6 +83,21 @@ inline void embed_layer_norm_fwd(const int64_t* input_ids, const int64_t* positi
   });
 }
 
+/// Makes `count` elements 0, and writes only where they are not. The gradient of a table of words is 0
+/// in nearly all rows, and was in the memory's former use, if that was such a gradient too: to see it
+/// takes a third of the time of writing it.
+template <class T>
+FASTBERT_INLINE void clear(T* out, int64_t count) {
+  constexpr int64_t kStep = FASTBERT_VECTOR_BYTES / sizeof(T);
+  BitsVec found = {};
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) found |= load_raw<BitsVec>(out + i);
+  uint32_t any = 0;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) any |= found[lane];
+  const int64_t clean = any == 0 ? i : 0;
+  __builtin_memset(out + clean, 0, (count - clean) * sizeof(T));
+}
+
 /// dtable[id] = Σ of `grads` rows of the tokens with that id; rows without tokens become 0.
 template <class S, class T>
 void scatter_sum(const S* grads, const int64_t* ids, int64_t tokens, int64_t cols,
@@ -109,7 +124,7 @@ void scatter_sum(const S* grads, const int64_t* ids, int64_t tokens, int64_t col
       const int64_t count = cols - column < width ? cols - column : width;
       T* out = dtable + id * cols + column;
       if (first[id] == first[id + 1]) {
-        __builtin_memset(out, 0, count * sizeof(T));
+        clear(out, count);
         continue;
       }
       __builtin_memset(sum, 0, count * sizeof(S));

@@ -30,6 +30,28 @@ struct AttentionPiece {
   int64_t start, length, first_query, queries, first_head, heads;
 };
 
+/// A tensor of a list, as three 64-bit words from Python.
+struct ListedTensor {
+  const void* data;
+  int64_t numel;
+  int64_t dtype;  // a DType
+};
+
+/// What a step of AdamW reads and writes of one parameter, as ten 64-bit words from Python. All
+/// arrays have `numel` elements.
+struct AdamWSlot {
+  int64_t numel;
+  float* param;
+  const void* grad;  // of grad_dtype: fp32 or bf16
+  int64_t grad_dtype;
+  float* exp_avg;
+  float* exp_avg_sq;
+  bf16* copy;         // of param, rounded; nullptr for none
+  const float* step;  // one number, counted from 1
+  double lr;
+  double weight_decay;
+};
+
 struct KernelTable {
   /// qkv (T, 3, N, D), cu_seqlens (B + 1) -> out (T, N, D), lse (N, T).
   void (*attention_fwd)(const void* qkv, const int32_t* cu_seqlens, int64_t num_sequences,
@@ -104,6 +126,13 @@ struct KernelTable {
   /// x (count, cols), index (count) strictly ascending -> out (num_rows, cols), 0 where no index.
   void (*scatter_rows)(const void* x, const int64_t* index, int64_t count, int64_t num_rows,
                        int64_t cols, void* out, DType dtype, int num_threads);
+
+  /// *sum = the sum of the squares of all elements of `count` tensors.
+  void (*squared_norm)(const ListedTensor* tensors, int64_t count, double* sum, int num_threads);
+
+  /// One step of every slot; gradients are divided by grad_scale.
+  void (*adamw_step)(const AdamWSlot* slots, int64_t count, double beta1, double beta2, double eps,
+                     bool bias_correction, double grad_scale, int num_threads);
 
   // What the inference engine cuts its own work into. All fp32, on the calling thread.
 

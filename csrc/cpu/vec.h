@@ -248,6 +248,18 @@ FASTBERT_INLINE Vec<S> min(Vec<S> a, Vec<S> b) {
   return a < b ? a : b;
 }
 
+/// Lane by lane, correctly rounded; NaN below 0.
+FASTBERT_INLINE Vec<float> sqrt(Vec<float> value) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, value);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(value);
+#else
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
+  return value;
+#endif
+}
+
 /// Sum and maximum over the lanes, by a tree of fixed shape.
 template <class S>
 FASTBERT_INLINE S horizontal_sum(Vec<S> value) {

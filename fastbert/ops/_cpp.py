@@ -11,11 +11,13 @@ which element), or a dtype is not one of the kernels'.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fastbert import _native, device
+from fastbert.ops._recycled import recycled_like
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
@@ -235,7 +237,9 @@ def embed_layer_norm_bwd(
     )
     rows, cols = input_ids.numel(), word.shape[1]
     (weight,), vector_code = _vectors(word, weight)
-    dtables: list[Any] = [None if t is None else torch.empty_like(t) for t in tables]
+    # The kernel writes what is not 0 already, and reads the rest.
+    dword = recycled_like(tables[0])
+    dtables: list[Any] = [dword, *(None if t is None else torch.empty_like(t) for t in tables[1:])]
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     _native.cpu().embed_layer_norm_bwd(
         dy.data_ptr(), *map(_address, ids), *map(_address, tables), weight.data_ptr(),
@@ -291,6 +295,45 @@ def scatter_rows(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.T
         _num_threads(),
     )  # fmt: skip
     return out
+
+
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the squares of all elements of ``tensors``, 0-d fp64."""
+    tensors = [x.contiguous() for x in tensors]
+    listed = torch.tensor([(x.data_ptr(), x.numel(), _code(x.dtype)) for x in tensors])
+    total = torch.empty((), dtype=torch.float64)
+    _native.cpu().squared_norm(listed.data_ptr(), len(tensors), total.data_ptr(), _num_threads())
+    return total
+
+
+def adamw_step(
+    slots: Sequence[Any],
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool,
+    grad_scale: torch.Tensor | None,
+) -> None:
+    """One step of every ``ops.optimizer.Slot`` of contiguous tensors: parameter and moments fp32,
+    the gradient fp32 or bf16, the copy bf16."""
+    words = [
+        (
+            p.numel(), p.data_ptr(), grad.data_ptr(), _code(grad.dtype), m.data_ptr(), v.data_ptr(),
+            _address(copy), step.data_ptr(),
+        )
+        for p, grad, m, v, copy, step, _, _ in slots
+    ]  # fmt: skip
+    rates = [(float(slot.lr), slot.weight_decay) for slot in slots]
+    table = torch.cat(
+        [torch.tensor(words), torch.tensor(rates, dtype=torch.float64).view(torch.int64)], 1
+    )
+    _native.cpu().adamw_step(
+        table.data_ptr(), len(slots), *betas, eps, bias_correction,
+        1.0 if grad_scale is None else grad_scale.item(), _num_threads(),
+    )  # fmt: skip
+    # As torch's own do, so that autograd notices when a graph is walked that needs the old values.
+    torch.autograd.graph.increment_version(
+        [x for slot in slots for x in (slot.param, slot.copy) if x is not None]
+    )
 
 
 def _address(x: torch.Tensor | None) -> int:

@@ -171,9 +171,10 @@ class AdamW(_MultiTensor):
     16-bit parameters keep an fp32 master value in their state and follow it rounded, whatever else
     is written to them; moments are fp32 then. ``state_dict`` has torch's layout: what
     torch.optim.AdamW saved loads here, and back.
-    On CPU, and on CUDA where torch has all that is asked for, the step is torch's fused AdamW, and
-    takes as long (on CPU within a few percent); clipping inside it saves a pass over the gradients.
-    On CUDA a Triton kernel does the rest. Parameters sharded by FSDP2 are updated shard by shard.
+    On CPU a C++ kernel updates all parameters in one pass, as fast as memory is; clipping inside it
+    saves a pass over the gradients. On CUDA the step is torch's fused AdamW where that has all that
+    is asked for, and a Triton kernel's elsewhere. Parameters sharded by FSDP2 are updated shard by
+    shard.
     """
 
     def __init__(

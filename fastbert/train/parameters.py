@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastbert.ops.optimizer import total_norm
+
 Tensor = torch.Tensor
 
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -84,8 +86,7 @@ def grad_norm(grads: list[Tensor], all_reduce: Callable[[Tensor], None] | None) 
 
     all_reduce: adds up over the ranks that hold other shards; None where gradients are whole.
     """
-    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, wide)))
+    norm = total_norm(grads)
     if all_reduce is None:
         return norm
     square = norm.square()
