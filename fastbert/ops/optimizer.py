@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ def adamw_step(
     else:
         kernel = _kernel_for(slots)
     if kernel is None:
-        _adamw_torch(slots, hyper, grad_scale)
+        with _contiguous(slots) as whole:
+            _adamw_torch(whole, hyper, grad_scale)
         return
     slots = [_with_tensor_lr(slot) for slot in slots]
     kernel.adamw_step(tables.of(slots, hyper), *hyper, grad_scale)
@@ -165,7 +167,8 @@ def lamb_step(
     slots = list(slots)
     kernel = _kernel_for(slots)
     if kernel is None:
-        _lamb_torch(slots, hyper, grad_scale, all_reduce)
+        with _contiguous(slots) as whole:
+            _lamb_torch(whole, hyper, grad_scale, all_reduce)
         return
     slots = [_with_tensor_lr(slot) for slot in slots]
     kernel.lamb_step(tables.of(slots, hyper), *hyper, grad_scale, all_reduce)
@@ -233,6 +236,22 @@ def _with_tensor_lr(slot: Slot) -> Slot:
 
 
 # --- torch -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _contiguous(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """The slots in contiguous memory; what had to be copied for that is copied back in the end.
+
+    torch's fused kernel looks at no strides: of a column of a matrix it would update the row.
+    """
+    whole = [
+        Slot._make([x.contiguous() if isinstance(x, Tensor) else x for x in slot]) for slot in slots
+    ]
+    yield whole
+    for slot, copied in zip(slots, whole, strict=True):
+        for x, y in zip(slot, copied, strict=True):
+            if x is not y and isinstance(x, Tensor) and isinstance(y, Tensor):
+                x.copy_(y)
 
 
 def _adamw_torch(slots: Sequence[Slot], hyper: Hyper, grad_scale: Tensor | None) -> None:

@@ -79,6 +79,29 @@ def test_the_equations(kind: Any, bias_correction: bool) -> None:
         torch.testing.assert_close(p.double(), expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_strides_do_not_matter(kind: Any, dtype: torch.dtype) -> None:
+    """A column, a transposed matrix, a gradient that lies otherwise than its parameter; what lies
+    beside the column is left alone."""
+    sources = [torch.randn(6, 4).to(dtype) for _ in range(3)]
+    beside = sources[0].clone()
+    strided = [nn.Parameter(x) for x in (sources[0][:, 1], sources[1].t(), sources[2])]
+    plain = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in strided]
+    a, b = kind(strided, 0.01, weight_decay=0.1), kind(plain, 0.01, weight_decay=0.1)
+    for _ in range(3):
+        for p, q in zip(strided, plain, strict=True):
+            q.grad = torch.randn(q.shape).to(dtype)
+            p.grad = q.grad.t().contiguous().t()
+        a.step()
+        b.step()
+    for p, q in zip(strided, plain, strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    others = [0, 2, 3]
+    assert torch.equal(sources[0][:, others], beside[:, others])
+
+
 def test_adamw_by_hand() -> None:
     """One weight, 2, gradient 0.5: m = .05, v = .00025; both corrected are .5 and .25."""
     p = nn.Parameter(torch.tensor([2.0]))
