@@ -8,38 +8,77 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problem import Case, Problem, Run, Tensor, found, grads, half_of, leaf, lengths_of, ratio
+from problem import (
+    Case,
+    Parity,
+    Problem,
+    Run,
+    Tensor,
+    by_backend,
+    compare,
+    compiled,
+    found,
+    grads,
+    half_of,
+    leaf,
+    lengths_of,
+    worst,
+)
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fastbert import ops
 from fastbert.packed import PackedBatch
 
-DIM = 64
+BASE, LARGE = (12, 64), (16, 64)  # heads and their dimension
 
 
 def cases(where: str, tokens: int) -> Iterator[Case]:
-    for kind, longest in (("dense", 128), ("dense", 512), ("ragged", 512), ("wikipedia", 512)):
-        count = tokens // longest * (1 if kind == "dense" else 2)
-        halves = ("fwd", "bwd", "fwd-bwd") if where == "cuda" else ("fwd", "fwd-bwd")
-        for half in halves:
-            for dropout in (0.0, 0.1) if where == "cuda" else (0.0,):
-                name = f"base-{kind}-{count}x{longest}-{half}" + "-dropout" * bool(dropout)
-                yield Case("attention", name, make(kind, count, longest, half, dropout))
-    if where == "cpu":
-        count = tokens // 512
-        name = f"base-dense-{count}x512-fwd-bwd-dropout"
-        yield Case("attention", name, make("dense", count, 512, "fwd-bwd", 0.1))
+    gpu = where == "cuda"
+    kinds = (("dense", 128), ("dense", 512), ("ragged", 512), ("wikipedia", 512))
+    # First what no run should be without, should its time end.
+    for half in ("fwd-bwd", "fwd", "bwd") if gpu else ("fwd", "fwd-bwd"):
+        for kind, longest in kinds:
+            count = tokens // longest * (1 if kind == "dense" else 2)
+            for dropout in (0.0, 0.1) if gpu else (0.0,):
+                yield _case("base", BASE, kind, count, longest, half, dropout)
+    if not gpu:
+        yield _case("base", BASE, "dense", tokens // 512, 512, "fwd-bwd", 0.1)
+        return
+    for half in ("fwd", "fwd-bwd"):
+        for size, heads in (("D32", (24, 32)), ("D128", (6, 128)), ("large", LARGE)):
+            yield _case(size, heads, "dense", tokens // 512, 512, half, 0.0)
+            yield _case(size, heads, "dense", tokens // 512, 512, half, 0.1)
+
+
+def _case(
+    size: str,
+    heads: tuple[int, int],
+    kind: str,
+    count: int,
+    longest: int,
+    half: str,
+    dropout: float,
+) -> Case:
+    name = f"{size}-{kind}-{count}x{longest}-{half}" + "-dropout" * bool(dropout)
+    return Case("attention", name, make(kind, count, longest, half, dropout, *heads))
 
 
 def make(
-    kind: str, sequences: int, longest: int, half: str, dropout: float, heads: int = 12
+    kind: str,
+    sequences: int,
+    longest: int,
+    half: str,
+    dropout: float,
+    heads: int = BASE[0],
+    dim: int = BASE[1],
 ) -> Callable[[str, torch.dtype], Problem]:
     def build(where: str, dtype: torch.dtype) -> Problem:
         lengths = lengths_of(kind, sequences, longest)
         tokens = sum(lengths)
         ids = torch.zeros(tokens, dtype=torch.int64, device=where)
         batch = PackedBatch.from_flat(ids, lengths)
-        qkv = leaf(tokens, 3, heads, DIM, where=where, dtype=dtype)
-        dout = torch.randn(tokens, heads, DIM, device=where).to(dtype)
+        qkv = leaf(tokens, 3, heads, dim, where=where, dtype=dtype)
+        dout = torch.randn(tokens, heads, dim, device=where).to(dtype)
         seed = torch.randint(2**62, (1,), device=where) if dropout else None
 
         def ours(x: Tensor) -> Tensor:
@@ -47,60 +86,70 @@ def make(
                 x, batch.cu_seqlens, batch.max_seqlen, dropout_p=dropout, dropout_seed=seed
             )[0]
 
-        peers = {
-            **_padded_peers(batch, qkv, dout, half, dropout),
-            **_packed_peers(batch, qkv, dout, half, dropout),
-        }
+        padded, chosen = _padded_peers(batch, qkv, dout, half, dropout)
+        peers = padded | _packed_peers(batch, qkv, dout, half, dropout)
         others = {}
-        if half != "fwd" and qkv.is_cuda:
+        if qkv.is_cuda and half == "fwd":
+            others["fastbert cuda"] = by_backend("cuda", half_of(half, ours, [qkv], dout))
+        elif qkv.is_cuda:
             others = _other_backwards(ours, qkv, dout, half, dropout, batch.max_seqlen)
-        elements = tokens * heads * DIM
+        elements = tokens * heads * dim
         products = {"fwd": 2, "bwd": 5, "fwd-bwd": 7}[half]
         moved = {"fwd": 4, "bwd": 8, "fwd-bwd": 12}[half]
         return Problem(
             half_of(half, ours, [qkv], dout),
             peers,
             moved * elements * qkv.element_size(),
-            products * 2 * heads * DIM * sum(n * n for n in lengths),
+            products * 2 * heads * dim * sum(n * n for n in lengths),
             lambda: _check(batch, qkv, dout, ids),
             others,
+            half,
+            {"torch SDPA": chosen},
         )
 
     return build
 
 
-def _check(batch: PackedBatch, qkv: Tensor, dout: Tensor, ids: Tensor) -> float:
-    """Of the first two sequences, without dropout, whose bits the tests compare."""
+def _check(batch: PackedBatch, qkv: Tensor, dout: Tensor, ids: Tensor) -> Parity:
+    """Of the first two sequences, without dropout, whose bits the tests compare; of the CUDA kernel
+    the forward, all that it has."""
     few = batch.lengths[:2]
     part = qkv[: sum(few)].detach().requires_grad_()
     small = PackedBatch.from_flat(ids[: sum(few)], few)
     oracle = part.detach().double().requires_grad_()
+    scale = qkv.shape[3] ** -0.5
 
     def plain(x: Tensor) -> Tensor:
         pieces = []
         for one in x.split(list(few)):
             a, b, c = one.permute(1, 2, 0, 3)
-            p = ((a @ b.mT).float() if x.dtype != torch.float64 else a @ b.mT) * DIM**-0.5
+            p = ((a @ b.mT).float() if x.dtype != torch.float64 else a @ b.mT) * scale
             pieces.append((p.softmax(-1).to(x.dtype) @ c).transpose(0, 1))
         return torch.cat(pieces)
 
     dy = dout[: sum(few)]
-    mine, _ = ops.attention(part, small.cu_seqlens, small.max_seqlen)
-    return ratio(
-        grads(mine, dy, [part]),
-        grads(plain(part), dy, [part]),
-        grads(plain(oracle), dy.double(), [oracle]),
-    )
+    peer = grads(plain(part), dy, [part])
+    exact = grads(plain(oracle), dy.double(), [oracle])
+
+    def forward() -> Tensor:
+        return ops.attention(part, small.cu_seqlens, small.max_seqlen)[0]
+
+    found = [compare(grads(forward(), dy, [part]), peer, exact)]
+    if ops.BACKENDS["cuda"].reason(qkv.device.type) is None:
+        alone = by_backend("cuda", torch.no_grad()(forward))()
+        found.append(compare([alone], peer[:1], exact[:1]))
+    return worst(found)
 
 
 def _padded_peers(
     batch: PackedBatch, qkv: Tensor, dout: Tensor, half: str, dropout: float
-) -> dict[str, Run]:
-    """torch's SDPA on padded (B, N, S, D), as it chooses and by each of its backends."""
-    count, heads = len(batch.lengths), qkv.shape[2]
-    padded = batch.unpack(qkv.detach().flatten(1)).view(count, -1, 3, heads, DIM)
+) -> tuple[dict[str, Run], str]:
+    """torch's SDPA on padded (B, N, S, D), as it chooses, by each of its backends, and written out
+    in flex_attention; and the name of the backend that it chooses."""
+    count, (heads, dim) = len(batch.lengths), qkv.shape[2:]
+    padded = batch.unpack(qkv.detach().flatten(1)).view(count, -1, 3, heads, dim)
     q, k, v = (x.transpose(1, 2).contiguous().requires_grad_() for x in padded.unbind(2))
-    dpadded = batch.unpack(dout.flatten(1)).view(count, -1, heads, DIM).transpose(1, 2)
+    dpadded = batch.unpack(dout.flatten(1)).view(count, -1, heads, dim).transpose(1, 2)
     mask = None
     if min(batch.lengths) < batch.max_seqlen:
         real = torch.ones(batch.num_tokens, 1, device=qkv.device)
@@ -124,7 +173,24 @@ def _padded_peers(
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
         peers[name] = half_of(half, sdpa, [q, k, v], dpadded)
-    return peers
+    if qkv.is_cuda and not dropout:  # which it has none of
+        peers["flex_attention"] = half_of(half, _flex(batch), [q, k, v], dpadded)
+    with torch.set_grad_enabled(half != "fwd"):
+        choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return peers, torch.nn.attention.SDPBackend(choice).name
+
+
+def _flex(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """flex_attention among the real keys of each padded sequence."""
+    flex = compiled(flex_attention)
+    mask = None
+    if min(batch.lengths) < batch.max_seqlen:
+        lengths = torch.tensor(batch.lengths, device=batch.cu_seqlens.device)
+        mask = create_block_mask(
+            lambda b, h, query, key: key < lengths[b],
+            len(batch.lengths), None, batch.max_seqlen, batch.max_seqlen, str(lengths.device),
+        )  # fmt: skip
+    return lambda q, k, v: flex(q, k, v, block_mask=mask)
 
 
 def _packed_peers(
@@ -142,7 +208,10 @@ def _packed_peers(
         peers["flash-attn 2 varlen"] = half_of(
             half, lambda x: flash(x, cu, longest, dropout_p=dropout), [packed], dout
         )
+    # Built from its sources it has its backward, from the wheel fa3-fwd the forward alone.
     hopper = found("flash_attn_interface:flash_attn_varlen_func")
+    if hopper is None and half == "fwd":
+        hopper = found("fa3_fwd_interface:flash_attn_varlen_func")
     if hopper is not None and not dropout:
 
         def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

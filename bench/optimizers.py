@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from problem import Parity, error, parity
 
 from fastbert.train import AdamW, Lamb
 
@@ -34,8 +35,8 @@ def _first_step(p: Tensor, g: Tensor, lamb: bool) -> Tensor:
 
 def optimizer_step(
     kind: str, where: str, dtype: torch.dtype
-) -> tuple[Run, dict[str, Run], int, int, Callable[[], float]]:
-    """What a Problem is made of: our call, the peers' calls, bytes, flops, the error's ratio.
+) -> tuple[Run, dict[str, Run], int, int, Callable[[], Parity]]:
+    """What a Problem is made of: our call, the peers' calls, bytes, flops, the check.
 
     kind: "adamw", "adamw-clip" (gradients clipped to norm 1, the step included) or "lamb".
     dtype: of parameters and gradients; 16-bit ones have an fp32 master here, and moments in 16 bits
@@ -63,14 +64,17 @@ def optimizer_step(
 
         return step
 
+    def fused(params: Any) -> torch.optim.Optimizer:
+        # A step that a graph can hold, which costs this one nothing.
+        return torch.optim.AdamW(params, LR, fused=True, capturable=where == "cuda")
+
     peers = {}
     if lamb:
         # No LAMB in torch: its AdamW moves less, and is the floor.
-        peers["torch AdamW fused"] = peer(lambda p: torch.optim.AdamW(p, LR, fused=True))
+        peers["torch AdamW fused"] = peer(fused)
     else:
-        for name in ("fused", "foreach"):
-            made = peer(lambda p, name=name: torch.optim.AdamW(p, LR, **{name: True}))
-            peers[f"torch {name}"] = made
+        peers["torch fused"] = peer(fused)
+        peers["torch foreach"] = peer(lambda p: torch.optim.AdamW(p, LR, foreach=True))
     try:
         apex = importlib.import_module("apex.optimizers")
         apex_of = apex.FusedLAMB if lamb else apex.FusedAdam
@@ -80,18 +84,16 @@ def optimizer_step(
 
     ours = ours_of(parameters(), LR, eps=EPS, weight_decay=DECAY, max_grad_norm=clip)
 
-    def check() -> float:
+    def check() -> Parity:
         torch.manual_seed(0)
         p, g = (torch.randn(768, 768, device=where).to(dtype) for _ in range(2))
         mine = torch.nn.Parameter(p.clone())
         mine.grad = g.clone()
         ours_of([mine], LR, eps=EPS, weight_decay=DECAY).step()
         exact = _first_step(p.double(), g.double(), lamb)
-        error, torchs = (
-            float((x.double() - exact).abs().max())
-            for x in (mine.detach(), _first_step(p, g, lamb))
-        )
-        return error / (2 * torchs + 1e-6)
+        torchs = _first_step(p, g, lamb)
+        bound = 2 * error(torchs, exact) + 1e-6 / float(exact.abs().max())
+        return parity(mine.detach(), exact, bound, torchs)
 
     elements = sum(g.numel() for g in grads)
     # p, m, v read and written in fp32, g read, a 16-bit copy written; LAMB reads p, m, v once more.

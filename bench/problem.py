@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch._functorch.config
+
+from fastbert import ops
 
 Run = Callable[[], Any]
 Tensor = torch.Tensor
@@ -21,21 +24,40 @@ HALVES = ("fwd", "bwd", "fwd-bwd")
 torch._functorch.config.donated_buffer = False
 
 
+@dataclass(frozen=True)
+class Parity:
+    """How far ours is from fp64, of the output or gradient that is worst.
+
+    over_bound: the error over what is allowed, which is 2 times torch's own; at most 1 passes.
+    largest: max |ours - exact|.  relative: ‖ours - exact‖ / ‖exact‖.  torch_largest,
+    torch_relative: the same of torch's; None where nothing but the bound was looked at.
+    """
+
+    over_bound: float
+    largest: float | None = None
+    relative: float | None = None
+    torch_largest: float | None = None
+    torch_relative: float | None = None
+
+
 @dataclass
 class Problem:
-    """ours and peers: name -> call. check: largest error of ours against fp64, over torch's own.
+    """ours and peers: name -> call. check: ours against fp64 and torch.
 
     bytes counts each input read once and each output written once, flops the multiplications and
     additions of the mathematics: the floor that a figure is held against, not what a kernel happens
-    to do.  others: more calls of ours, ways that are not the default: name -> call.
+    to do.  others: more calls of ours, ways that are not the default: name -> call.  half: of
+    HALVES, of those that ``half_of`` made.  facts: what else a result should say.
     """
 
     ours: Run
     peers: dict[str, Run]
     bytes: int
     flops: int
-    check: Callable[[], float] = field(repr=False)
+    check: Callable[[], Parity] = field(repr=False)
     others: dict[str, Run] = field(default_factory=dict)
+    half: str = "fwd"
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,16 @@ def half_of(half: str, forward: Callable[..., Tensor], inputs: list[Tensor], dy:
         return torch.autograd.grad(kept[0], inputs, dy, retain_graph=True)
 
     return backward
+
+
+def by_backend(name: str, run: Run) -> Run:
+    """``run`` with every op by the backend ``name``."""
+
+    def call() -> Any:
+        with ops.use_backend(name):
+            return run()
+
+    return call
 
 
 def leaf(*shape: int, where: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -107,13 +139,30 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
-def ratio(ours: list[Tensor], peer: list[Tensor], exact: list[Tensor]) -> float:
-    """Worst err(ours) / (2 err(torch) + tiny) over the tensors; at most 1 passes."""
+def parity(ours: Tensor, exact: Tensor, bound: float, peer: Tensor | None = None) -> Parity:
+    """bound: the largest ``error`` that passes."""
+    found = [_distance(x, exact) for x in (ours, peer) if x is not None]
+    return Parity(error(ours, exact) / bound, *(x for pair in found for x in pair))
+
+
+def _distance(x: Tensor, exact: Tensor) -> tuple[float, float]:
+    difference = x.double() - exact
+    norm = exact.norm().clamp_min(1e-30)
+    return float(difference.abs().max()), float(difference.norm() / norm)
+
+
+def worst(found: Iterable[Parity]) -> Parity:
+    """Not-a-number is the worst."""
+    return max(found, key=lambda one: math.inf if math.isnan(one.over_bound) else one.over_bound)
+
+
+def compare(ours: list[Tensor], peer: list[Tensor], exact: list[Tensor]) -> Parity:
+    """The worst err(ours) / (2 err(torch) + tiny) of the tensors."""
     floor = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-    worst = 0.0
-    for o, p, e in zip(ours, peer, exact, strict=True):
-        worst = max(worst, error(o, e) / (2 * error(p, e) + floor[o.dtype]))
-    return worst
+    return worst(
+        parity(o, e, 2 * error(p, e) + floor[o.dtype], p)
+        for o, p, e in zip(ours, peer, exact, strict=True)
+    )
 
 
 def grads(y: Tensor, dy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -121,12 +170,22 @@ def grads(y: Tensor, dy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def check_against(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor
-) -> float:
-    """``ratio`` of the output and of all gradients, ``plain`` the same in torch."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    return ratio(
-        grads(ours(*inputs), dy, inputs),
-        grads(plain(*inputs), dy, inputs),
-        grads(plain(*exact), dy.double(), exact),
-    )
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor,
+    backends: Iterable[str] = (),
+) -> Parity:  # fmt: skip
+    """Of the output and of all gradients, ``plain`` the same in torch; of ours as it runs and with
+    its ops by each of ``backends`` that can run here."""
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    peer = grads(plain(*inputs), dy, inputs)
+    exact = grads(plain(*exact_inputs), dy.double(), exact_inputs)
+
+    def mine() -> Parity:
+        return compare(grads(ours(*inputs), dy, inputs), peer, exact)
+
+    able = [name for name in backends if ops.BACKENDS[name].reason(dy.device.type) is None]
+    return worst([mine(), *(by_backend(name, mine)() for name in able)])
+
+
+def equality(same: bool) -> Parity:
+    """Of what has to have the same bits."""
+    return Parity(0.0 if same else math.inf)

@@ -2,12 +2,17 @@
 
 Runs each case's parity first and prints no speed-up where it fails. Results are JSON, with the
 machine, the versions and the ceilings measured in the same run; ``bench/report.py`` makes the
-README's tables.
+README's tables. A run replaces the rows that it measures in its JSON, and leaves the others.
+
+Times on a GPU are its own: it waits while the host launches the call. Where a call can be recorded
+as a CUDA graph it is also timed as a replay, and two that both can are compared by their replays.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -21,6 +26,7 @@ from cases import cases  # noqa: E402
 from problem import Case, Problem, Run  # noqa: E402
 from timing import (  # noqa: E402
     ceilings,
+    earlier,
     interleave,
     machine,
     peak_bytes,
@@ -39,14 +45,17 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
     torch.manual_seed(0)
     problem = case.make(where, _DTYPES[dtype])
     row: dict[str, Any] = {"op": case.op, "case": case.name, "device": where, "dtype": dtype}
-    row["error_over_bound"] = problem.check()
+    found = dataclasses.asdict(problem.check())
+    row["error_over_bound"] = found.pop("over_bound")
+    row["errors"] = {name: value for name, value in found.items() if value is not None}
+    row |= {"facts": problem.facts} if problem.facts else {}
     if not row["error_over_bound"] <= 1.0:
         row["failed"] = "parity: the error is over 2x torch's own; no speed is reported"
         return row
     row["deterministic"] = _same_bits(problem.ours)
     usable, row["left_out"] = _usable({**problem.others, **problem.peers})
     runs = {"fastbert": problem.ours, **usable}
-    timings = interleave(runs, where, seconds)
+    timings = interleave(runs, where, seconds, lead=True)
     row["candidates"] = {
         name: {
             "median_us": t.median * 1e6,
@@ -55,16 +64,28 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
         }
         for name, t in timings.items()
     }
+    for name in problem.others.keys() & usable.keys():
+        row["candidates"][name]["deterministic"] = _same_bits(usable[name])
     if where == "cuda":
-        _on_a_gpu(row["candidates"], runs, seconds)
-    ours = timings["fastbert"]
-    peers = {name: t.median for name, t in timings.items() if name in problem.peers}
-    if not peers:
+        _on_a_gpu(row["candidates"], runs, problem.half, seconds)
+    ours = row["candidates"]["fastbert"]
+    row["over"] = {
+        name: _ratio(peer, ours)
+        for name, peer in row["candidates"].items()
+        if name in problem.peers
+    }
+    if not row["over"]:
         row["failed"] = f"no peer runs: {row['left_out']}"
         return row
-    row["best_peer"] = min(peers, key=peers.__getitem__)
-    row["speedup"] = peers[row["best_peer"]] / ours.median
-    return row | _shares(problem, ours.median, ceiling)
+    row["best_peer"] = min(row["over"], key=row["over"].__getitem__)
+    row["speedup"] = row["over"][row["best_peer"]]
+    return row | _shares(problem, ours.get("replay_us", ours["median_us"]) / 1e6, ceiling)
+
+
+def _ratio(peer: dict[str, float], ours: dict[str, float]) -> float:
+    """How many times as long the peer takes: by the replays where both were recorded."""
+    by = "replay_us" if "replay_us" in peer and "replay_us" in ours else "median_us"
+    return peer[by] / ours[by]
 
 
 def _shares(problem: Problem, seconds: float, ceiling: dict[str, float]) -> dict[str, float]:
@@ -102,17 +123,26 @@ def _usable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
     return usable, left_out
 
 
-def _on_a_gpu(candidates: dict[str, Any], runs: dict[str, Run], seconds: float) -> None:
-    """Adds the time of a graph's replay, where a call can be recorded, and the peak of memory."""
-    replays = {}
+def _on_a_gpu(candidates: dict[str, Any], runs: dict[str, Run], half: str, seconds: float) -> None:
+    """Adds the time of a graph's replay, where a call can be recorded, and the peak of memory.
+
+    A peer's backward alone is never recorded: its forward ran outside the recording, and where that
+    kept dropout's counters on the host (memory-efficient SDPA does) the replay would read them
+    through a pointer of the device.
+    """
+    replays: dict[str, Run] = {}
     for name, run in runs.items():
         candidates[name]["peak_mib"] = peak_bytes(run) / 2**20
+        if half == "bwd" and not name.startswith("fastbert"):
+            continue
         try:
             replays[name] = replay_of(run)
         except Exception as error:
-            candidates[name]["not_recorded"] = type(error).__name__
+            candidates[name]["not_recorded"] = f"{type(error).__name__}: {error}"
             torch.cuda.synchronize()
-    for name, timing in interleave(replays, "cuda", seconds / 2).items() if replays else ():
+    if not replays:
+        return
+    for name, timing in interleave(replays, "cuda", seconds / 2, lead=True).items():
         candidates[name]["replay_us"] = timing.median * 1e6
 
 
@@ -125,10 +155,27 @@ def _line(row: dict[str, Any]) -> str:
         ceiling = f"{row['percent_of_matrix']:4.0f}% of matrix rate"
     ours = row["candidates"]["fastbert"]
     note = "" if row["deterministic"] else "  not the same bits twice"
+    shown = ours.get("replay_us", ours["median_us"])
     return (
-        f"{head}{ours['median_us']:>10.0f} us ±{ours['spread_percent']:.0f}%"
+        f"{head}{shown:>10.0f} us ±{ours['spread_percent']:.0f}%"
         f"{row['speedup']:>7.2f}x {row['best_peer']:<24}{ceiling}{note}"
     )
+
+
+def warm(chosen: list[Case], where: str, dtype: str, until: float) -> None:
+    """Compile what the cases will run, into the caches that later processes read."""
+    for case in chosen:
+        if time.perf_counter() > until:
+            return
+        with contextlib.suppress(Exception):  # which the run itself will report
+            torch.compiler.reset()
+            problem = case.make(where, _DTYPES[dtype])
+            _usable({"fastbert": problem.ours, **problem.others, **problem.peers})
+
+
+def _stream(where: str) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU a stream that is not the default one, which ``replay_of`` needs."""
+    return torch.cuda.stream(torch.cuda.Stream()) if where == "cuda" else contextlib.nullcontext()
 
 
 def main() -> int:
@@ -140,6 +187,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--seconds", type=float, default=2.0, help="per case")
     parser.add_argument("--out", type=Path, help="JSON file, default bench/results/ops_DEVICE.json")
+    parser.add_argument("--warm", action="store_true", help="compile only: time and write nothing")
     args = parser.parse_args()
     started = time.perf_counter()
     where = args.device or ("cuda" if device.cuda_reason() is None else "cpu")
@@ -149,36 +197,66 @@ def main() -> int:
     ]
     if not chosen:
         parser.error("no case has that --op and --case")
+    until = started + (args.until or float("inf"))
+    if args.warm:
+        for dtype in dtypes:
+            warm(chosen, where, dtype, until)
+        return 0
     path = args.out or Path(__file__).parent / "results" / f"ops_{where}.json"
-    result: dict[str, Any] = {"machine": machine(), "ceilings": {}, "products": {}, "rows": []}
-    rows, ceiling_of = result["rows"], result["ceilings"]
-    for dtype in dtypes:
-        ceiling_of[dtype] = ceiling = ceilings(where, _DTYPES[dtype])
-        print(
-            f"{where} {dtype}: copy {ceiling['copy_gb_s']:.1f} GB/s, "
-            f"matrix product {ceiling['matrix_gflop_s']:,.0f} GFLOP/s"
-        )
-        if where == "cuda" and args.op is None:
-            result["products"][dtype] = product_rates(_DTYPES[dtype])
-            print({name: round(rate) for name, rate in result["products"][dtype].items()})
-        for case in chosen:
-            if args.until and time.perf_counter() - started > args.until:
-                result["cut_off"] = (
-                    f"after {args.until:.0f} s, before {case.op} {case.name} {dtype}"
-                )
-                break
-            try:
-                row = measure(case, where, dtype, ceiling, args.seconds)
-            except Exception as error:  # a case that breaks is a result; the others still count
-                row = {"op": case.op, "case": case.name, "device": where, "dtype": dtype}
-                row["failed"] = f"{type(error).__name__}: {error}"
-            rows.append(row)
-            print(_line(row), flush=True)
-            write(path, result)  # after each: a run that is cut off leaves what it has measured
-            if where == "cuda":
-                torch.cuda.empty_cache()
+    result = earlier(path, {"ceilings": {}, "products": {}, "rows": []})
+    result |= {"machine": machine()}
+    failed = False
+    with _stream(where):
+        for dtype in dtypes:
+            result["ceilings"][dtype] = ceiling = ceilings(where, _DTYPES[dtype])
+            print(
+                f"{where} {dtype}: copy {ceiling['copy_gb_s']:.1f} GB/s, "
+                f"matrix product {ceiling['matrix_gflop_s']:,.0f} GFLOP/s"
+            )
+            if where == "cuda" and (args.op is None or "feed_forward" in args.op):
+                result["products"][dtype] = rates = product_rates(where, _DTYPES[dtype])
+                print({name: round(rate) for name, rate in rates.items()})
+            for case in chosen:
+                if time.perf_counter() > until:
+                    result.setdefault("cut_off", []).append(f"{case.op} {case.name} {dtype}")
+                    continue
+                row = _measured(case, where, dtype, ceiling, args.seconds)
+                row["commit"] = result["machine"]["commit"]
+                failed |= "failed" in row
+                _replace(result, row)
+                print(_line(row), flush=True)
+                write(path, result)  # after each: a run that is cut off leaves what it measured
+    write(path, result)
     print(f"wrote {path}")
-    return int(any("failed" in row for row in rows))
+    return int(failed)
+
+
+def _measured(
+    case: Case, where: str, dtype: str, ceiling: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """``measure``; a case that breaks is a result, and the others still count."""
+    torch.compiler.reset()  # of a function that many cases call, few shapes are kept
+    try:
+        return measure(case, where, dtype, ceiling, seconds)
+    except Exception as error:
+        row = {"op": case.op, "case": case.name, "device": where, "dtype": dtype}
+        return row | {"failed": f"{type(error).__name__}: {error}"}
+    finally:
+        if where == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _replace(result: dict[str, Any], row: dict[str, Any]) -> None:
+    """The row in its former place, or at the end; what was cut off no longer is."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["op"], row["case"], row["dtype"]
+
+    rows = {key(old): old for old in result["rows"]} | {key(row): row}
+    result["rows"] = list(rows.values())
+    left = [name for name in result.get("cut_off", []) if name != " ".join(key(row))]
+    result.pop("cut_off", None)
+    result |= {"cut_off": left} if left else {}
 
 
 if __name__ == "__main__":
