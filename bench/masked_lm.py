@@ -144,7 +144,8 @@ def _hugging_face(size: str, attention: str, where: str, dtype: torch.dtype) -> 
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
         intermediate_size=inner, attn_implementation=attention,
     )  # fmt: skip
-    return transformers.BertForMaskedLM(config).to(device=where, dtype=dtype).train()
+    with torch.device(where):
+        return transformers.BertForMaskedLM(config).to(dtype).train()
 
 
 def _own(size: str, batch: Batch, where: str, dtype: torch.dtype) -> Run:
@@ -154,7 +155,8 @@ def _own(size: str, batch: Batch, where: str, dtype: torch.dtype) -> Run:
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
         intermediate_size=inner,
     )  # fmt: skip
-    model = fastbert.BertForMaskedLM(config).to(device=where, dtype=dtype).train()
+    with torch.device(where):
+        model = fastbert.BertForMaskedLM(config).to(dtype).train()
     optimizer = AdamW(model.parameters(), LR)
     masked = int((batch.labels != -100).sum())
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from model import Shape, make_batch
+from masked_lm import Shape
+from model_candidates import make_batch
 
 Array = np.ndarray
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -203,8 +203,8 @@ def main() -> int:
             warm(chosen, where, dtype, until)
         return 0
     path = args.out or Path(__file__).parent / "results" / f"ops_{where}.json"
-    result = earlier(path, {"ceilings": {}, "products": {}, "rows": []})
-    result |= {"machine": machine()}
+    empty: dict[str, Any] = {"ceilings": {}, "products": {}, "rows": [], "cut_off": []}
+    result = earlier(path, empty) | {"machine": machine()}
     failed = False
     with _stream(where):
         for dtype in dtypes:
@@ -217,13 +217,16 @@ def main() -> int:
                 result["products"][dtype] = rates = product_rates(where, _DTYPES[dtype])
                 print({name: round(rate) for name, rate in rates.items()})
             for case in chosen:
+                name = f"{case.op} {case.name} {dtype}"
+                if name in result["cut_off"]:
+                    result["cut_off"].remove(name)
                 if time.perf_counter() > until:
-                    result.setdefault("cut_off", []).append(f"{case.op} {case.name} {dtype}")
+                    result["cut_off"].append(name)
                     continue
                 row = _measured(case, where, dtype, ceiling, args.seconds)
                 row["commit"] = result["machine"]["commit"]
                 failed |= "failed" in row
-                _replace(result, row)
+                result["rows"] = _replace(result["rows"], row)
                 print(_line(row), flush=True)
                 write(path, result)  # after each: a run that is cut off leaves what it measured
     write(path, result)
@@ -246,17 +249,13 @@ def _measured(
             torch.cuda.empty_cache()
 
 
-def _replace(result: dict[str, Any], row: dict[str, Any]) -> None:
-    """The row in its former place, or at the end; what was cut off no longer is."""
+def _replace(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with this one in its former place, or at the end."""
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return row["op"], row["case"], row["dtype"]
 
-    rows = {key(old): old for old in result["rows"]} | {key(row): row}
-    result["rows"] = list(rows.values())
-    left = [name for name in result.get("cut_off", []) if name != " ".join(key(row))]
-    result.pop("cut_off", None)
-    result |= {"cut_off": left} if left else {}
+    return list(({key(old): old for old in rows} | {key(row): row}).values())
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def test_interleave_times_all_and_takes_medians() -> None:
 def test_mixed_lengths_count_real_tokens_only() -> None:
     model = _load("model")
     shape = model.Shape("mixed", 4, 32, "ragged")
-    batch, tokens = model.make_batch(shape, "cpu")
-    assert tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
+    batch, lengths = model.make_batch(shape, "cpu")
+    assert sum(lengths) == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
     assert not batch["input_ids"][batch["attention_mask"] == 0].any()
 
 
