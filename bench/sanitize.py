@@ -1,9 +1,13 @@
 """Launch every GPU kernel once or twice on small, ragged shapes, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python bench/sanitize.py
+    python bench/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench/sanitize.py
     compute-sanitizer --tool racecheck python bench/sanitize.py
 
-An op that a backend does not serve is passed over and named.
+The first run compiles the kernels, which takes much longer under the tool. Without torch's cache of
+memory every tensor is an allocation of its own, past whose end memcheck sees.
+An op that a backend does not serve is passed over and named; any other error ends the run, as what
+follows an error of the device means nothing.
 """
 
 from __future__ import annotations
@@ -135,6 +139,9 @@ def main() -> int:
                 print(f"{backend} {name}: ran")
             except (ops.BackendError, NotImplementedError) as error:
                 print(f"{backend} {name}: {error}")
+            except Exception as error:
+                print(f"{backend} {name}: {type(error).__name__}: {error}", file=sys.stderr)
+                return 1
     return 0
 
 

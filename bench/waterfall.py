@@ -3,6 +3,8 @@
 Times a whole masked-LM training step (forward, backward, optimiser) in each of the stages that
 ``masked_lm.STEPS`` describes, all in one process, taking turns. Prints and writes each stage's
 milliseconds, real tokens a second, peak memory, and its ratio to the stage before and to the first.
+Each stage is written as soon as it is made, with the time of one step alone (first_ms), so that a
+run that is cut off says something of those before.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +35,38 @@ def shapes(where: str) -> list[Shape]:
 
 
 def measure(
-    shape: Shape, size: str, where: str, dtype: torch.dtype, seconds: float
+    shape: Shape,
+    size: str,
+    where: str,
+    dtype: torch.dtype,
+    seconds: float,
+    after_each: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """One row a stage, in order; one that fails says so, and ratios skip it."""
+    """One row a stage, in order; one that fails says so, and ratios skip it.
+
+    after_each: called with the rows so far when a stage has been made and run.
+    """
     batch = make_batch(shape, where)
-    runs, rows, losses = {}, {}, {}
+    runs: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in STEPS:
         if name == "+ graphs" and where == "cpu":
             continue
         rows[name] = {"step": name}
         try:
             run = step_of(name, size, batch, where, dtype)
-            losses[name] = float(run())
+            rows[name]["loss"] = float(run())
             if where == "cuda":
                 rows[name]["peak_mib"] = peak_bytes(run) / 2**20
+            alone = interleave({name: run}, where, 0.0, least=1)[name]
+            rows[name]["first_ms"] = alone.median * 1e3
             runs[name] = run
         except Exception as error:  # the other stages still count
             rows[name]["failed"] = f"{type(error).__name__}: {error}"
         gc.collect()
+        after_each(list(rows.values()))
     for name, timing in interleave(runs, where, seconds).items():
         rows[name] |= {
-            "loss": losses[name],
             "median_ms": timing.median * 1e3,
             "spread_percent": timing.spread_percent,
             "tokens_per_s": batch.tokens / timing.median,
@@ -99,7 +113,12 @@ def main() -> int:
     for shape in shapes(where):
         if args.shape not in shape.name:
             continue
-        rows = measure(shape, size, where, _DTYPES[dtype], args.seconds)
+
+        def keep(rows: list[dict[str, Any]], name: str = shape.name) -> None:
+            result["shapes"][name] = rows
+            write(path, result)
+
+        rows = measure(shape, size, where, _DTYPES[dtype], args.seconds, keep)
         matrix = result["ceilings"]["matrix_gflop_s"]
         for row in rows:
             if "gflop_s" in row:
@@ -107,12 +126,13 @@ def main() -> int:
         if not agree(rows):
             print(f"{shape.name}: the losses differ; no times are reported", file=sys.stderr)
             failed = True
+            del result["shapes"][shape.name]
+            write(path, result)
             continue
         print(f"{size} {dtype} {shape.name}: step, time, over the step before, over the first")
         print("\n".join(map(line, rows)), flush=True)
         failed |= any("failed" in row for row in rows)
-        result["shapes"][shape.name] = rows
-        write(path, result)
+        keep(rows)
     print(f"wrote {path}")
     return int(failed)
 
