@@ -39,21 +39,22 @@ def test_every_op_of_the_table_has_a_bench_case() -> None:
 
 def test_the_int8_case_is_right_and_names_its_peers() -> None:
     problem = _load("cases_products").int8(64)("cpu", torch.float32)
-    assert problem.check() <= 1
+    assert problem.check().over_bound <= 1
     assert {"torch Linear + GELU", "torch._int_mm"} <= set(problem.peers)
     problem.ours()
 
 
 def test_a_case_that_fails_parity_reports_no_speed() -> None:
-    run, cases, Case = _load("run"), _load("cases"), _load("problem").Case
+    run, cases, problem_module = _load("run"), _load("cases"), _load("problem")
     case = next(c for c in cases.cases("cpu") if c.op == "gather_rows")
 
     def broken(where: str, dtype: torch.dtype):
         problem = case.make(where, dtype)
-        problem.check = lambda: 1.5
+        problem.check = lambda: problem_module.Parity(1.5)
         return problem
 
-    row = run.measure(Case("gather_rows", "broken", broken), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.1)
+    failing = problem_module.Case("gather_rows", "broken", broken)
+    row = run.measure(failing, "cpu", "fp32", {"copy_gb_s": 1.0}, 0.1)
     assert "failed" in row and "speedup" not in row and "candidates" not in row
 
 
@@ -79,7 +80,7 @@ def test_a_peer_that_breaks_is_left_out_and_named() -> None:
 
     def make(where: str, dtype: torch.dtype):
         calls = {"good": lambda: None, "bad": broken}
-        return problem.Problem(lambda: torch.ones(2), calls, 8, 0, lambda: 0.5)
+        return problem.Problem(lambda: torch.ones(2), calls, 8, 0, lambda: problem.Parity(0.5))
 
     row = run.measure(problem.Case("op", "case", make), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.0)
     assert set(row["candidates"]) == {"fastbert", "good"} and row["best_peer"] == "good"

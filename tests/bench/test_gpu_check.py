@@ -97,7 +97,7 @@ def test_stages_stand_alone(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     ended = {s["stage"]: s for s in json.loads((out / "summary.json").read_text())["stages"]}
     assert {path.name for path in out.iterdir()} == {
-        "summary.json", "ops_cuda.json", "everything.tar.gz",
+        "summary.json", "doctor.json", "ops_cuda.json", "everything.tar.gz",
     }  # fmt: skip
     with tarfile.open(out / "everything.tar.gz") as archive:
         texts = {m.name: archive.extractfile(m).read() for m in archive if m.isfile()}
