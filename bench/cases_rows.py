@@ -67,16 +67,22 @@ def _pointwise(
     dy = torch.randn_like(inputs[0])
     functions = {"torch eager": plain, "torch.compile": compiled(plain), **(peers or {})}
     moved = {"fwd": traffic[0], "bwd": traffic[1], "fwd-bwd": sum(traffic)}[half]
-    others = {}
+
+    def check() -> Parity:
+        return check_against(*(checked or (ours, plain)), inputs, dy)
+
+    others, checks = {}, {}
     if dy.is_cuda:
         others["fastbert cuda"] = by_backend("cuda", half_of(half, ours, inputs, dy))
+        checks["fastbert cuda"] = by_backend("cuda", check)
     return Problem(
         half_of(half, ours, inputs, dy),
         {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
         moved * inputs[0].numel() * inputs[0].element_size(),
         0,
-        lambda: check_against(*(checked or (ours, plain)), inputs, dy, ["cuda"] if others else []),
+        check,
         others,
+        checks,
         half,
     )
 

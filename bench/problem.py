@@ -46,8 +46,9 @@ class Problem:
 
     bytes counts each input read once and each output written once, flops the multiplications and
     additions of the mathematics: the floor that a figure is held against, not what a kernel happens
-    to do.  others: more calls of ours, ways that are not the default: name -> call.  half: of
-    HALVES, of those that ``half_of`` made.  facts: what else a result should say.
+    to do.  others: more calls of ours, ways that are not the default: name -> call.  checks: name ->
+    check of an other; one that fails is left out.  half: of HALVES, of those that ``half_of`` made.
+    facts: what else a result should say.
     """
 
     ours: Run
@@ -56,6 +57,7 @@ class Problem:
     flops: int
     check: Callable[[], Parity] = field(repr=False)
     others: dict[str, Run] = field(default_factory=dict)
+    checks: dict[str, Callable[[], Parity]] = field(default_factory=dict, repr=False)
     half: str = "fwd"
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -170,20 +172,15 @@ def grads(y: Tensor, dy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def check_against(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor,
-    backends: Iterable[str] = (),
-) -> Parity:  # fmt: skip
-    """Of the output and of all gradients, ``plain`` the same in torch; of ours as it runs and with
-    its ops by each of ``backends`` that can run here."""
-    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    peer = grads(plain(*inputs), dy, inputs)
-    exact = grads(plain(*exact_inputs), dy.double(), exact_inputs)
-
-    def mine() -> Parity:
-        return compare(grads(ours(*inputs), dy, inputs), peer, exact)
-
-    able = [name for name in backends if ops.BACKENDS[name].reason(dy.device.type) is None]
-    return worst([mine(), *(by_backend(name, mine)() for name in able)])
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor
+) -> Parity:
+    """Of the output and of all gradients, ``plain`` the same in torch."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    return compare(
+        grads(ours(*inputs), dy, inputs),
+        grads(plain(*inputs), dy, inputs),
+        grads(plain(*exact), dy.double(), exact),
+    )
 
 
 def equality(same: bool) -> Parity:

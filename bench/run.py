@@ -53,7 +53,11 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
         row["failed"] = "parity: the error is over 2x torch's own; no speed is reported"
         return row
     row["deterministic"] = _same_bits(problem.ours)
-    usable, row["left_out"] = _usable({**problem.others, **problem.peers})
+    wrong, row["left_out"] = _wrong(problem)
+    row |= {"wrong": wrong} if wrong else {}
+    others = {n: run for n, run in problem.others.items() if n not in wrong | row["left_out"]}
+    usable, broken = _usable({**others, **problem.peers})
+    row["left_out"] |= broken
     runs = {"fastbert": problem.ours, **usable}
     timings = interleave(runs, where, seconds, lead=True)
     row["candidates"] = {
@@ -64,7 +68,7 @@ def measure(case: Case, where: str, dtype: str, ceiling: dict[str, float], secon
         }
         for name, t in timings.items()
     }
-    for name in problem.others.keys() & usable.keys():
+    for name in others.keys() & usable.keys():
         row["candidates"][name]["deterministic"] = _same_bits(usable[name])
     if where == "cuda":
         _on_a_gpu(row["candidates"], runs, problem.half, seconds)
@@ -108,6 +112,21 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
         wide = outputs.float() if outputs.element_size() == 1 else outputs
         return [wide.detach().clone()]
     return [x for output in outputs or () for x in _tensors(output)]
+
+
+def _wrong(problem: Problem) -> tuple[dict[str, float], dict[str, str]]:
+    """Of the other ways of ours: the error over its bound of those that fail parity, and why those
+    that cannot run cannot."""
+    wrong, broken = {}, {}
+    for name, check in problem.checks.items():
+        try:
+            found = check().over_bound
+        except Exception as error:
+            broken[name] = f"{type(error).__name__}: {error}"
+            continue
+        if not found <= 1.0:
+            wrong[name] = found
+    return wrong, broken
 
 
 def _usable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
@@ -155,6 +174,7 @@ def _line(row: dict[str, Any]) -> str:
         ceiling = f"{row['percent_of_matrix']:4.0f}% of matrix rate"
     ours = row["candidates"]["fastbert"]
     note = "" if row["deterministic"] else "  not the same bits twice"
+    note += f"  wrong: {', '.join(row['wrong'])}" if "wrong" in row else ""
     shown = ours.get("replay_us", ours["median_us"])
     return (
         f"{head}{shown:>10.0f} us ±{ours['spread_percent']:.0f}%"
@@ -225,7 +245,7 @@ def main() -> int:
                     continue
                 row = _measured(case, where, dtype, ceiling, args.seconds)
                 row["commit"] = result["machine"]["commit"]
-                failed |= "failed" in row
+                failed |= "failed" in row or "wrong" in row
                 result["rows"] = _replace(result["rows"], row)
                 print(_line(row), flush=True)
                 write(path, result)  # after each: a run that is cut off leaves what it measured

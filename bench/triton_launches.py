@@ -228,6 +228,7 @@ CASES: dict[str, Callable[[Any], None]] = {
     "feed_forward tanh": partial(_feed_forward, tanh=True),
     "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),
     "add_layer_norm H=4096 dropout": partial(_add_layer_norm, width=4096, p=0.1),
+    "embed_layer_norm": partial(_embed_layer_norm, width=768, p=0.0),
     "embed_layer_norm H=1024 dropout": partial(_embed_layer_norm, width=1024, p=0.1),
 }
 BASE_CASES = 17  # the first ones

@@ -66,18 +66,30 @@ def test_not_a_number_is_the_worst() -> None:
     assert problem.equality(True).over_bound <= 1 < problem.equality(False).over_bound
 
 
-def test_a_wrong_backend_shows() -> None:
-    """Each backend that can run is compared, not only the one that an op takes."""
-    problem = _load("problem")
+def test_another_way_that_is_wrong_is_not_timed() -> None:
+    """Nor one that cannot run; ours is, and the run says that it failed."""
+    run, problem = _load("run"), _load("problem")
+
+    def absent() -> None:
+        raise ValueError("no such kernel here")
+
+    def make(where: str, dtype: torch.dtype):
+        ways = ("right", "wrong", "absent")
+        checks = {"right": lambda: problem.Parity(0.5), "wrong": lambda: problem.Parity(math.nan)}
+        return problem.Problem(
+            lambda: None, {"peer": lambda: None}, 8, 0, lambda: problem.Parity(0.5),
+            dict.fromkeys(ways, lambda: None), checks | {"absent": absent},
+        )  # fmt: skip
+
+    row = run.measure(problem.Case("op", "case", make), "cpu", "fp32", {"copy_gb_s": 1.0}, 0.0)
+    assert set(row["candidates"]) == {"fastbert", "right", "peer"} and "speedup" in row
+    assert list(row["wrong"]) == ["wrong"] and "wrong: wrong" in run._line(row)
+    assert row["left_out"] == {"absent": "ValueError: no such kernel here"}
+
+
+def test_a_check_by_another_backend_is_of_that_backend() -> None:
     from fastbert.ops import _registry
 
-    def ours(x: torch.Tensor) -> torch.Tensor:
-        return x * (2.0 if _registry._forced == "reference" else 1.0)
-
-    x, dy = torch.randn(4, requires_grad=True), torch.randn(4)
-    assert problem.check_against(ours, lambda x: x * 1.0, [x], dy).over_bound <= 1
-    found = problem.check_against(ours, lambda x: x * 1.0, [x], dy, ["reference"])
-    assert found.over_bound > 1
-    # One that cannot run here is passed over.
-    absent = problem.check_against(ours, lambda x: x * 1.0, [x], dy, ["cuda"])
-    assert torch.cuda.is_available() or absent.over_bound <= 1
+    problem = _load("problem")
+    forced = problem.by_backend("reference", lambda: _registry._forced)
+    assert (_registry._forced, forced(), _registry._forced) == (None, "reference", None)
