@@ -46,9 +46,9 @@ class Problem:
 
     bytes counts each input read once and each output written once, flops the multiplications and
     additions of the mathematics: the floor that a figure is held against, not what a kernel happens
-    to do.  others: more calls of ours, ways that are not the default: name -> call.  checks: name ->
-    check of an other; one that fails is left out.  half: of HALVES, of those that ``half_of`` made.
-    facts: what else a result should say.
+    to do.  others: more calls of ours, ways that are not the default: name -> call.  checks: of
+    some of others, by name; one that fails is left out.  half: of HALVES, of those that ``half_of``
+    made.  facts: what else a result should say.
     """
 
     ours: Run
