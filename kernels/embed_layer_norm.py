@@ -276,8 +276,9 @@ def embed_layer_norm_bwd(
     """
     num_tokens, width = dy.shape
     if num_tokens == 0:
-        zeros = [None if p is None else torch.zeros_like(p) for p in (word, position, token_type)]
-        return *zeros, torch.zeros_like(weight), torch.zeros_like(weight)
+        dtoken_type = None if token_type is None else torch.zeros_like(token_type)
+        zeros = [torch.zeros_like(p) for p in (word, position, weight, weight)]
+        return zeros[0], zeros[1], dtoken_type, zeros[2], zeros[3]
     block_m, block_h, num_warps = _config.layer_norm_bwd(width, dy.element_size())
     groups = _config.row_groups(triton.cdiv(num_tokens, block_m), 1, _config.capability(dy))
     partial = torch.empty(2, groups, width, dtype=torch.float32, device=dy.device)

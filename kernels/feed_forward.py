@@ -26,17 +26,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.kernels import _config, _reduce
+from fastbert.kernels._tiles import tile_of
 from fastbert.kernels.bias_gelu import _gelu, _gelu_derivative
-
-
-@triton.jit
-def _tile_of(index, row_tiles, column_tiles, GROUP_M: tl.constexpr):
-    """Row tile and column tile of output tile ``index``: groups of GROUP_M row tiles share the
-    column tiles that are in L2."""
-    group = index // (GROUP_M * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = index % (GROUP_M * column_tiles)
-    return group * GROUP_M + within % group_rows, within // group_rows
 
 
 @triton.jit
@@ -131,7 +122,7 @@ def _feed_forward_fwd_kernel(
     for index in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS
     ):
-        row_tile, column_tile = _tile_of(index, row_tiles, column_tiles, GROUP_M)
+        row_tile, column_tile = tile_of(index, row_tiles, column_tiles, GROUP_M)
         row, col = row_tile * BLOCK_M, column_tile * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, in_features, BLOCK_K):
@@ -209,7 +200,7 @@ def _feed_forward_bwd_kernel(
     for index in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=DESCRIPTORS
     ):
-        row_tile, column_tile = _tile_of(index, row_tiles, column_tiles, GROUP_M)
+        row_tile, column_tile = tile_of(index, row_tiles, column_tiles, GROUP_M)
         row, col = row_tile * BLOCK_M, column_tile * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, in_features, BLOCK_K):
@@ -324,7 +315,7 @@ def _tile_args(tile: _config.FeedForwardTile) -> dict[str, int]:
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
-        "GROUP_M": 8,
+        "GROUP_M": _config.GROUP_M,
         "PARTS": tile.parts,
         "DESCRIPTORS": tile.descriptors,
         "num_warps": tile.num_warps,

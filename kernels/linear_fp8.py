@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import _config
+from fastbert.kernels._tiles import tile_of
 from fastbert.kernels.bias_gelu import _gelu
 
 
@@ -48,16 +49,19 @@ def _linear_fp8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
-    """One tile of y = act((q w^T) scale[t] weight_scale[n] + bias[n]); program (row tile, column
-    tile).
+    """One tile of y = act((q w^T) scale[t] weight_scale[n] + bias[n]).
 
     q_ptr: e4m3 (num_rows, in_features).  scale_ptr: fp32 (num_rows,).  weight_ptr: e4m3
     (out_features, in_features).  weight_scale_ptr: fp32 (out_features,).  bias_ptr: (out_features,)
     or None.  y_ptr: (num_rows, out_features).  ACTIVATION: 0 none, 1 erf-GELU, 2 tanh-GELU.
+    GROUP_M: row tiles that share a column tile while it is in L2.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP_M)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     in_rows, in_cols = rows < num_rows, cols < out_features
     q_ptrs = q_ptr + rows.to(tl.int64)[:, None] * in_features + ks[None, :]
@@ -119,7 +123,7 @@ def linear_fp8(
     if y.numel() == 0:
         return y
     tile = _config.linear_fp8(num_rows)
-    grid = (triton.cdiv(num_rows, tile.block_m), triton.cdiv(out_features, tile.block_n))
+    grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(out_features, tile.block_n),)
     with torch.cuda.device_of(q):
         _linear_fp8_kernel[grid](
             q,
@@ -135,6 +139,7 @@ def linear_fp8(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
+            GROUP_M=_config.GROUP_M,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

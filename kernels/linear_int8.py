@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import _config, _quantize
+from fastbert.kernels._tiles import tile_of
 from fastbert.kernels.bias_gelu import _gelu
 
 
@@ -67,12 +68,7 @@ def _linear_int8_kernel(
     it is in L2.
     """
     row_tiles, column_tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * column_tiles)
-    row_tile = group * GROUP_M + within % group_rows
-    column_tile = within // group_rows
-
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -177,7 +173,7 @@ def linear_int8(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
-            GROUP_M=8,
+            GROUP_M=_config.GROUP_M,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -82,7 +82,7 @@ class BertPreTrained(nn.Module):
             if any(p.is_meta for p in part.parameters(recurse=False)):
                 continue  # about to be loaded or tied
             if isinstance(part, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
+                _truncated_normal_(part.weight.data, std)
             if isinstance(part, nn.Embedding) and part.padding_idx is not None:
                 nn.init.zeros_(part.weight[part.padding_idx])
             if isinstance(part, nn.LayerNorm):
@@ -174,6 +174,19 @@ class BertModel(BertPreTrained):
         x = self.embeddings(batch, run)
         x, hidden = self.encoder(x, batch, run, want_hidden)
         return x, hidden, run.attentions
+
+
+def _truncated_normal_(x: Tensor, std: float) -> Tensor:
+    """Fill ``x`` from a normal of deviation ``std`` cut at two of them, by torch's generator.
+
+    Normal numbers, of which those beyond (4.6%) are drawn again until none is: torch's own goes
+    through the inverse error function, which takes 4.5 times as long on a CPU.
+    """
+    x.normal_(std=std)
+    beyond = x.abs() > 2 * std
+    if count := int(beyond.sum()):
+        x.masked_scatter_(beyond, _truncated_normal_(x.new_empty(count), std))
+    return x
 
 
 def _first_tokens(batch: PackedBatch) -> tuple[Tensor, PackedBatch]:

@@ -43,9 +43,12 @@ def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> tor
 
 
 def add_mm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total += a @ b; a fp32 total of 16-bit factors is summed in fp32."""
+    """total += a @ b; to a fp32 total of 16-bit factors in fp32, and on a GPU the product, too, is
+    rounded to fp32 alone."""
     if total.dtype == a.dtype and not widens(a, min(a.shape[0], a.shape[1], b.shape[1])):
         return total.addmm_(a, b)
+    if total.dtype == torch.float32 and a.is_cuda:
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return total.add_(mm(a, b))
 
 

@@ -20,6 +20,9 @@ Tensor = torch.Tensor
 
 _LEAST_TOKENS = 64
 _LEAST_LENGTH = 32
+# Above so many, filler costs more than recordings do: they are made once, and a batch as large as
+# this takes longer to compute than the few more recordings take in all.
+_MANY_TOKENS = 2**14
 
 
 class Bucket(NamedTuple):
@@ -34,10 +37,11 @@ def bucket_of(tokens: int, sequences: int, longest: int, max_length: int) -> Buc
     """The bucket for a batch of ``sequences`` sequences, none empty, of ``tokens`` tokens in all.
 
     longest: its longest sequence.  max_length: the longest that the model takes.
-    Tokens round up to one of eight sizes an octave (12.5% of filler at most, and a few tokens),
-    sequences and the longest to powers of two: batches of about as many tokens each, as a token
-    budget makes them, share a handful of buckets. In a bucket tokens > sequences, and every
-    sequence of filler has a token at least and ``max_seqlen`` at most.
+    Tokens round up to one of eight sizes an octave (12.5% of filler at most, and a few tokens), of
+    sixteen above 16,384 tokens (6.25%), sequences and the longest to powers of two: batches of
+    about as many tokens each, as a token budget makes them, share a handful of buckets.
+    In a bucket tokens > sequences, and every sequence of filler has a token at least and
+    ``max_seqlen`` at most.
     """
     if not 1 <= sequences <= tokens:
         raise ValueError(f"sequences: got {sequences} of {tokens} tokens, expected none empty")
@@ -61,7 +65,8 @@ def _power_of_two(n: int) -> int:
 
 
 def _round_tokens(n: int) -> int:
-    step = max(_LEAST_TOKENS, _power_of_two(n) // 16)
+    sizes = 16 if n > _MANY_TOKENS else 8  # an octave: from half the power of two up to it
+    step = max(_LEAST_TOKENS, _power_of_two(n) // (2 * sizes))
     return -(-n // step) * step
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastbert import device
 from fastbert.models.bert import BertPreTrained
-from fastbert.ops import gather_rows, linear_cross_entropy
+from fastbert.ops import linear_cross_entropy
 from fastbert.packed import PackedBatch
 from fastbert.train.buckets import (
     BucketBatch,
@@ -231,11 +231,12 @@ def masked_lm_loss(model: Any, batch: PackedBatch, labels: Tensor, num_labels: i
 
     model: a BertForMaskedLM or BertForPreTraining of fastbert's.  labels: (T,), -100 where nothing
     was masked.  num_labels: at least as many as there are labels, and the same in every batch of a
-    bucket: the head computes as many rows (one a token at most). A token budget times the masking
-    rate, rounded up, say.
+    bucket: the head, and the last layer behind its attention, compute as many rows (one a token at
+    most). A token budget times the masking rate, rounded up, say.
+    The number is the same, but that dropout falls otherwise in the last layer (see
+    ``fastbert.nn.layer.encoder_layer``).
     """
-    x = model.bert(batch=batch).last_hidden_state
     rows, labels = labelled_rows(labels, min(num_labels, len(labels)))
+    x = model.bert.encode(batch, False, False, rows)[0]
     head = model.cls.predictions
-    h = head.transform(gather_rows(x, rows))
-    return linear_cross_entropy(h, head.decoder.weight, head.decoder.bias, labels)
+    return linear_cross_entropy(head.transform(x), head.decoder.weight, head.decoder.bias, labels)

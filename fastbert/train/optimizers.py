@@ -101,10 +101,15 @@ class _MultiTensor(Optimizer):
                     raise ValueError("params: got a sparse gradient, expected dense ones")
                 state = self.state[p]
                 if not state:
+                    if p.is_cuda and torch.cuda.is_current_stream_capturing():
+                        raise RuntimeError(
+                            "the optimiser has no state yet: take a step before the CUDA graph is "
+                            "recorded, or every replay would begin from none"
+                        )
                     _initialise(state, p)
                 if p.is_cuda:
                     # Kernels read it through a pointer: a recorded graph sees what schedules write.
-                    group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=p.device)
+                    group["lr"] = _on_device(group["lr"], p.device)
                 master = state.get("master_param")
                 params.append(p)
                 slots.setdefault(hyper, []).append(
@@ -144,6 +149,14 @@ class _MultiTensor(Optimizer):
                     self.state[p][name] = value
             if _is_narrow(p) and index in state_dict["state"]:
                 self.state[p].setdefault("master_param", p.detach().float())
+
+
+def _on_device(rate: float | Tensor, device: torch.device) -> Tensor:
+    """``rate`` as a 0-d fp32 tensor; a number gets there by a kernel, which nobody waits for, and
+    not by a copy from pageable memory, which waits and ends the recording of a CUDA graph."""
+    if isinstance(rate, Tensor):
+        return rate.to(device, torch.float32)
+    return torch.full((), rate, dtype=torch.float32, device=device)
 
 
 def _is_narrow(p: Tensor) -> bool:

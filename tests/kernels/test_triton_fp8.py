@@ -75,7 +75,9 @@ def test_rows_are_rounded_as_torch_rounds(shape, dtype):
 
 @kernel_test
 @pytest.mark.parametrize("activation", [0, 1, 2])
-@pytest.mark.parametrize("size", [(1, 64, 16), (17, 96, 70), (130, 160, 200)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 64, 16), (17, 96, 70), (130, 160, 200), (1160, 32, 300)], ids=str
+)
 def test_linear_fp8(size, activation):
     torch.manual_seed(0)
     rows_, width, columns = size

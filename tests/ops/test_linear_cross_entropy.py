@@ -124,8 +124,24 @@ def test_chunks(target: Target, rows_a_chunk: int, monkeypatch: pytest.MonkeyPat
     """Many chunks of rows give what one gives; the last one is not full."""
     labels, inputs = example(Draw(target), 65, 96, 127)
     module = importlib.import_module("fastbert.ops.linear_cross_entropy")
-    size = 127 * inputs["hidden"].element_size()
-    monkeypatch.setattr(module, "_CHUNK_BYTES", rows_a_chunk * size)
+    # 127 classes lie 128 apart on a GPU.
+    size = (128 if target.device == "cuda" else 127) * inputs["hidden"].element_size()
+    monkeypatch.setitem(module._CHUNK_BYTES, target.device, rows_a_chunk * size)
+    check_parity(ours(labels), plain(labels), inputs)
+
+
+@on_every_target
+@pytest.mark.parametrize("rows_a_chunk", [16, 1000])
+@pytest.mark.parametrize("classes", [1, 63, 64, 127])
+def test_rows_of_logits_further_apart(
+    target: Target, classes: int, rows_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie on a GPU, on every device; nothing of what lies between them is ever read."""
+    labels, inputs = example(Draw(target), 65, 96, classes)
+    module = importlib.import_module("fastbert.ops.linear_cross_entropy")
+    size = -(-classes // 64) * 64 * inputs["hidden"].element_size()
+    monkeypatch.setitem(module._CHUNK_BYTES, target.device, rows_a_chunk * size)
+    monkeypatch.setitem(module._ROW_MULTIPLE, target.device, 64)
     check_parity(ours(labels), plain(labels), inputs)
 
 

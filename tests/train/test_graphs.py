@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastbert
+from fastbert.nn import layer
 from fastbert.packed import PackedBatch
 from fastbert.train import (
     AdamW,
@@ -65,6 +66,10 @@ def test_buckets_by_hand() -> None:
     assert bucket_of(68, 4, 20, 512) == Bucket(128, 8, 32)
     # One of eight sizes an octave: 9000 in steps of 1024.
     assert bucket_of(9000, 70, 128, 512) == Bucket(9216, 128, 128)
+    # Above 16,384 one of sixteen: 33,000 in steps of 2,048.
+    assert bucket_of(16_384, 128, 128, 512) == Bucket(16_384, 128, 128)
+    assert bucket_of(16_385, 128, 128, 512) == Bucket(17_408, 256, 128)
+    assert bucket_of(33_000, 200, 512, 512) == Bucket(34_816, 256, 512)
     # The model's own limit need not be a power of two.
     assert bucket_of(500, 1, 500, 500).max_seqlen == 500
 
@@ -303,17 +308,32 @@ def test_training(kind: Any, device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_masked_lm_loss_is_the_models_own() -> None:
+@pytest.mark.parametrize("num_labels", [9, 20, 1000])
+@pytest.mark.parametrize("kind", [fastbert.BertForMaskedLM, fastbert.BertForPreTraining])
+def test_masked_lm_loss_is_the_models_own(
+    kind: Any, num_labels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value and every gradient; and the last layer goes on with the rows alone."""
+    gathered: list[int] = []
+    gather = layer.gather_rows
+    monkeypatch.setattr(
+        layer, "gather_rows", lambda x, rows: gathered.append(len(rows)) or gather(x, rows)
+    )
     torch.manual_seed(0)
-    model = fastbert.BertForPreTraining(CONFIG).eval()
+    model = kind(CONFIG).eval()
     batch = batch_of(20, 9, 14)
     assert batch.input_ids is not None
     labels = torch.full_like(batch.input_ids, -100)
     labels[::5] = batch.input_ids[::5]
     grads = []
-    for loss in (model(batch=batch, labels=labels).loss, masked_lm_loss(model, batch, labels, 20)):
+    expected, loss = (
+        model(batch=batch, labels=labels).loss,
+        masked_lm_loss(model, batch, labels, num_labels),
+    )
+    assert gathered == 2 * [min(num_labels, 43)]  # x and the context
+    for each in (expected, loss):
         model.zero_grad()
-        loss.backward()
-        grads.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        each.backward()
+        grads.append([each.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
