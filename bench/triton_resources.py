@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from triton_launches import BASE_CASES, CASES  # noqa: E402
 
-ARCHITECTURES = (80, 89, 90, 100)
+ARCHITECTURES = (75, 80, 89, 90, 100)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, table
 # "technical specifications per compute capability").
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# What the ops leave to others before sm_80 (the table in fastbert/ops/_registry.py).
+NOT_BEFORE_80 = ("feed_forward", "linear_int8", "attention D=256", "attention bias D=256")
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 
 MATRIX_INSTRUCTIONS = {
@@ -148,7 +150,11 @@ def _plain(value: Any) -> Any:
 
 
 def sweep(cases: list[str], arches: list[int], dtypes: list[str], jobs: int) -> Iterator[Any]:
-    work = list(itertools.product(cases, arches, dtypes))
+    work = [
+        (case, arch, dtype)
+        for case, arch, dtype in itertools.product(cases, arches, dtypes)
+        if arch >= 80 or not case.startswith(NOT_BEFORE_80)
+    ]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for rows in pool.map(measure, work):
             yield from rows

@@ -187,7 +187,25 @@ _ATTENTION_TILES_FP32 = {
 }
 
 
+# Triton leaves the matrix units of sm_75 alone: there the ordinary ones multiply in every dtype, in
+# 64 KB of shared memory. Head dimensions above 128 do not fit. By element size.
+_ATTENTION_TILES_SM75 = {
+    2: {
+        32: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)),
+        64: ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    4: {
+        32: ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        64: ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        128: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)),
+    },
+}
+
+
 def _matrix_unit(arch: tuple[int, int]) -> str:
+    if arch < (8, 0):
+        return "none"
     return {9: "wgmma", 10: "tcgen05"}.get(arch[0], "mma")
 
 
@@ -207,9 +225,11 @@ _ATTENTION_BIAS_TILES = {
 def attention(
     head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
 ) -> AttentionTiles:
-    """Tiles of forward and of the two backward kernels for a head dimension up to 256."""
+    """Tiles of forward and of both backward kernels for a head dimension up to 256 (sm_75: 128)."""
     padded = max(32, triton.next_power_of_2(head_dim))
-    if bias:
+    if _matrix_unit(arch) == "none":
+        tiles = _ATTENTION_TILES_SM75[itemsize][padded]
+    elif bias:
         tiles = _ATTENTION_BIAS_TILES[itemsize][padded]
     elif itemsize == 4:
         tiles = _ATTENTION_TILES_FP32[padded]
@@ -262,7 +282,7 @@ def attention_bwd_short(
 ) -> AttentionTile | None:
     """Tile of the backward that serves lengths up to its block_m; None where there is none."""
     padded, unit = max(32, triton.next_power_of_2(head_dim)), _matrix_unit(arch)
-    tile = _ATTENTION_BWD_SHORT_TILES[unit].get((padded, dropout))
+    tile = _ATTENTION_BWD_SHORT_TILES.get(unit, {}).get((padded, dropout))
     if tile is None or itemsize != 2:
         return None
     if bias and (padded > 64 or (unit == "mma" and dropout)):  # these spill

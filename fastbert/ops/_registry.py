@@ -86,7 +86,8 @@ class Op:
         width) that its kernels take, where there is a limit.
     forward_only: backends without the backward half.
     no_bias: backends whose kernels take no additive bias, where the op has one.
-    since: compute capability of the first GPUs that its kernels are for, None for all.
+    since: compute capability from which GPUs run its kernels in every size, None for all.
+    size_before: the largest size that earlier ones run, 0 for none.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Op:
     forward_only: tuple[str, ...]
     no_bias: tuple[str, ...]
     since: tuple[int, int] | None
+    size_before: int
 
     def launcher(
         self, half: str, x: torch.Tensor, size: int, bias: bool = False
@@ -120,6 +122,7 @@ def _op(
     forward_only: tuple[str, ...] = (),
     no_bias: tuple[str, ...] = (),
     since: tuple[int, int] | None = None,
+    size_before: int = 0,
     **limits: int,
 ) -> Op:
     modules = {"cpp": "fastbert.ops._cpp"} if cpp else {}
@@ -128,7 +131,7 @@ def _op(
         modules["cuda"] = "fastbert.ops._cuda_launch"
     modules["reference"] = "fastbert.ops._reference"
     halves = ("fwd", "bwd") if bwd else ("fwd",)
-    return Op(name, halves, modules, limits, forward_only, no_bias, since)
+    return Op(name, halves, modules, limits, forward_only, no_bias, since, size_before)
 
 
 OPS: dict[str, Op] = {
@@ -140,11 +143,14 @@ OPS: dict[str, Op] = {
             cuda=True,
             forward_only=("cuda",),
             no_bias=("cpp", "cuda"),
+            since=(8, 0),
+            size_before=128,
             triton=256,
         ),
         _op("bias_gelu", native="bias_gelu", cuda=True),
         # One product with GELU in its epilogue; ops/feed_forward.py says when it is taken.
-        _op("feed_forward", native="feed_forward", cpp=False),
+        # Before sm_80 Triton's products run without matrix units: BLAS has no rival there.
+        _op("feed_forward", native="feed_forward", cpp=False, since=(8, 0)),
         _op("add_layer_norm", native="add_layer_norm", cuda=True, triton=16384),
         _op("embed_layer_norm", native="embed_layer_norm", triton=16384),
         _op("cross_entropy_rows", native="cross_entropy", bwd=False),
@@ -152,7 +158,8 @@ OPS: dict[str, Op] = {
         _op("scatter_rows", native="rows", bwd=False),
         # On CPU int8 belongs to the inference engine, which keeps weights in its own layout.
         _op("quantize_rows", native="linear_int8", cpp=False, bwd=False, triton=16384),
-        _op("linear_int8", native="linear_int8", cpp=False, bwd=False),
+        # Triton compiles no product of int8 for earlier ones.
+        _op("linear_int8", native="linear_int8", cpp=False, bwd=False, since=(8, 0)),
         _op(
             "quantize_rows_fp8",
             native="linear_fp8",
@@ -238,9 +245,11 @@ def refusal(
     reason = record.reason(device_type)
     if reason is not None or op.since is None or device_type != "cuda" or backend == "reference":
         return reason
-    if device.cuda_capability(0) < op.since:
-        return "the {} kernel of {} is for sm_{}{} and later".format(backend, op.name, *op.since)
-    return None
+    if device.cuda_capability(0) >= op.since or size <= op.size_before:
+        return None
+    sizes = f" for sizes above {op.size_before}" if op.size_before else ""
+    first = "sm_{}{}".format(*op.since)
+    return f"the {backend} kernel of {op.name}{sizes} is for {first} and later"
 
 
 @functools.cache

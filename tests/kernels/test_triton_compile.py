@@ -44,9 +44,9 @@ def matrix_instruction(row):
         return {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}[row["arch"]] if large else "HMMA"
     if not row["kernel"].startswith(("attention", "feed_forward")) or row["dtype"] == "fp32":
         return None
-    if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64:
+    if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64 and row["arch"] >= 80:
         return "HMMA"  # too few keys for the larger instructions
-    return {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[row["arch"]]
+    return {75: None, 80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[row["arch"]]
 
 
 def check(result):
@@ -72,7 +72,7 @@ def test_bert_base_bf16_on_hopper(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize("arch", [75, 80, 89, 90, 100])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_every_case(tmp_path, arch, dtype):
     check(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype))
@@ -84,7 +84,8 @@ def is_power_of_two(n):
 
 @pytest.mark.parametrize("arch", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_attention_has_tiles_for_every_device(arch):
-    for head_dim in (1, 16, 31, 32, 33, 64, 80, 128, 256):
+    largest = 128 if arch < (8, 0) else 256
+    for head_dim in (1, 16, 31, 32, 33, 64, 80, 128, largest):
         for itemsize in (2, 4):
             for dropout in (False, True):
                 for tile in _config.attention(head_dim, itemsize, dropout, arch):

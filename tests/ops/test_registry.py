@@ -259,3 +259,26 @@ except ops.BackendError as error:
     assert bad_strict.startswith("FASTBERT_STRICT='yes': expected one of ")
     assert forced == "{'reference'}"
     assert strict.startswith("bias_gelu: strict mode, and only the reference can serve")
+
+
+@pytest.mark.parametrize(
+    ("op", "size", "words"),
+    [
+        ("attention", 128, None),
+        ("attention", 256, "the triton kernel of attention for sizes above 128 is for sm_80"),
+        ("feed_forward", 768, "the triton kernel of feed_forward is for sm_80 and later"),
+        ("linear_int8", 768, "the triton kernel of linear_int8 is for sm_80 and later"),
+        ("add_layer_norm", 768, None),
+    ],
+)
+def test_what_earlier_gpus_run(
+    op: str, size: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "triton_reason", lambda: None)
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(device, "cuda_capability", lambda index, found=capability: found)
+        why = _registry.refusal(OPS[op], "triton", "cuda", torch.float16, size)
+        if words is None or capability == (8, 0):
+            assert why is None
+        else:
+            assert why is not None and why.startswith(words)
