@@ -9,57 +9,132 @@ from typing import Annotated, Any
 
 import typer
 
+from fastbert.cli.pretrain_shown import Shown, print_list
+
 
 def pretrain(
     corpus: Annotated[
-        Path | None, typer.Option(help="Folder that `fastbert prepare` wrote.")
+        Path | None,
+        typer.Option(help="Folder that `fastbert prepare` wrote; with --resume the run's own."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run, new unless --resume.")
+        Path | None, typer.Option(help="Folder of the run: new, or with --resume that of a run.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="bert-base, roberta, electra, …; --list shows all.")
-    ] = "minutes",
+        str | None,
+        typer.Option(
+            help="Published recipe to start from: bert-base, roberta, electra, … (--list shows "
+            "all), or a .json file, as --show prints and run.json is; default minutes."
+        ),
+    ] = None,
     size: Annotated[
-        str, typer.Option(help="tiny, mini, small, medium, base, large, or a config.json.")
-    ] = "tiny",
-    steps: Annotated[int | None, typer.Option(help="How long: updates.", min=1)] = None,
-    minutes: Annotated[float | None, typer.Option(help="How long: by the clock.")] = None,
+        str | None,
+        typer.Option(
+            help="Size of the model: tiny, mini, small, medium, base, large, or a config.json; "
+            "default the preset's, which is tiny for minutes and base for the others."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="How long, in updates; in place of --minutes.", min=1)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="How long, by the clock; default 10, with --demo 1.")
+    ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="Such as mlm+sop; the preset's unless given.")
+        str | None,
+        typer.Option(help="What is learned, joined by +, such as mlm+sop; default the preset's."),
     ] = None,
     mask: Annotated[
-        str | None, typer.Option(help="token, word, span, random-span or unit.")
+        str | None,
+        typer.Option(
+            help="What is masked: token, word (or whole-word), span, random-span or unit; default "
+            "the preset's."
+        ),
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Part of the tokens that is masked.")] = None,
-    span: Annotated[str | None, typer.Option(help="Lengths of spans: geometric:.2:10, …")] = None,
-    mask_token: Annotated[str | None, typer.Option(help="mask or unk.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Part of the tokens that is masked, such as 0.4; default the preset's."),
+    ] = None,
+    span: Annotated[
+        str | None,
+        typer.Option(
+            help="Lengths of masked spans: geometric:0.2, inverse:3, or the probabilities of 1, 2, "
+            "… words; default the preset's."
+        ),
+    ] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option(help="What masked tokens become: mask or unk; default the preset's."),
+    ] = None,
     source: Annotated[
-        str | None, typer.Option(help="pairs, full-sentences, segments or streams.")
+        str | None,
+        typer.Option(
+            help="How text is cut into sequences: pairs, full-sentences, segments or streams; "
+            "default the preset's."
+        ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Of sequences, in tokens, in every phase.", min=8)
+        int | None,
+        typer.Option(help="Tokens of a sequence, in every phase; default the preset's.", min=8),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Sequences in an update, in every phase.", min=1)
+        int | None,
+        typer.Option(help="Sequences of an update, in every phase; default the preset's.", min=1),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; default the preset's.")
+    ] = None,
     stack: Annotated[
-        str | None, typer.Option(help="Numbers of layers to grow through: 3,6,12.")
+        str | None,
+        typer.Option(
+            help="Numbers of layers to grow through, such as 3,6,12; the last is the model's, "
+            "whatever its --size."
+        ),
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Hugging Face folder to go on from.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other option that --show prints, such as optimizer=lamb, masking.alpha=0.5 "
+            "or objective_options.rtd.divisor=4; may be given several times.",
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder of a BERT to go on from, in the size that it has."),
+    ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(help="Tokens that a process computes at once.", min=8)
-    ] = 4096,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that make batches.", min=0)] = 1,
-    evaluate_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 500,
-    save_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 500,
-    log: Annotated[
-        str | None, typer.Option(help="tensorboard or wandb, beside OUT/log.jsonl.")
+        int | None,
+        typer.Option(help="Tokens that a process computes at once; default 4096.", min=8),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="Mixed precision: no, bf16 or fp16; default no.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything that is random; default 0.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that make batches, 0 for this one; default 1.", min=0),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(help="Held-out evaluation every so many steps; default 500.", min=1),
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Checkpoint every so many steps; default 500.", min=1)
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(help="Where to show the log of OUT/log.jsonl too: tensorboard or wandb."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in --out, as it was begun; it may take longer."
+        ),
+    ] = False,
     demo: Annotated[
         bool,
         typer.Option(
@@ -67,10 +142,13 @@ def pretrain(
         ),
     ] = False,
     list_all: Annotated[
-        bool, typer.Option("--list", help="Objectives, sources and presets, with their papers.")
+        bool,
+        typer.Option(
+            "--list", help="Objectives, maskings, sources and presets, with their papers."
+        ),
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the options, and do nothing.")
+        bool, typer.Option("--show", help="Print the options as JSON, and do nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -81,41 +159,85 @@ def pretrain(
     `accelerate launch --use_fsdp --fsdp_version 2` these hold a part of the model each.
     """
     if list_all:
-        return _print_list()
-    from fastbert.pretrain import Setting
+        return print_list()
+    from fastbert.pretrain import RunRecord, Setting
     from fastbert.pretrain import preset as preset_options
     from fastbert.pretrain import pretrain as run
 
-    changes = {
-        "size": size, "objective": objective, "what": mask, "rate": rate, "span": span,
-        "mask_token": mask_token, "source": source, "learning_rate": lr,
-        "stack": None if stack is None else _numbers(stack),
-    }  # fmt: skip
-    options = preset_options(preset, **{k: x for k, x in changes.items() if x is not None})
-    sizes = {k: x for k, x in (("length", length), ("batch", batch)) if x is not None}
-    phases = tuple(dataclasses.replace(phase, **sizes) for phase in options.phases)
-    options = dataclasses.replace(options, phases=phases)
+    if demo:
+        folder = out or Path("pretrain-demo")
+        out = folder / "run"
+    changed = _changes(
+        {
+            **_checked(mask, replace), "size": size, "objective": objective, "rate": rate,
+            "span": span, "source": source, "length": length, "batch": batch, "learning_rate": lr,
+            "stack": None if stack is None else _numbers(stack),
+        },
+        changes or [],
+    )  # fmt: skip
+    asked = _given(
+        {
+            "steps": steps, "minutes": minutes, "batch_tokens": batch_tokens,
+            "precision": precision, "seed": seed, "workers": workers,
+            "evaluate_every": evaluate_every, "save_every": save_every, "tracker": log,
+        }
+    )  # fmt: skip
+    if init is not None and "size" in changed:
+        raise ValueError(f"--size: got {changed['size']} beside --init, whose model has its own")
+    if resume and out is not None:
+        begun = RunRecord.read(out)
+        options = begun.options if preset is None else preset_options(preset)
+        setting = dataclasses.replace(begun.setting, **asked)
+        corpus = corpus or begun.corpus
+    else:
+        options = preset_options(preset or "minutes")
+        if steps is None and minutes is None:
+            asked["minutes"] = 1.0 if demo else 10.0
+        setting = Setting(**asked)
+    options = options.changed(**changed)
     if show:
         return print(options.to_json(), end="")
-    if demo:
-        out = out or Path("pretrain-demo")
-        corpus, minutes = _documentation(out), minutes or 1.0
-        out = out / "run"
+    if demo and corpus is None:
+        corpus = _documentation(folder)
     if corpus is None or out is None:
         missing = "--corpus" if corpus is None else "--out"
         raise ValueError(f"{missing}: missing, expected a folder")
-    if steps is None and minutes is None:
-        minutes = 10.0
-    setting = Setting(
-        steps=steps, minutes=minutes, batch_tokens=batch_tokens, precision=precision, seed=seed,
-        workers=workers, evaluate_every=evaluate_every, save_every=save_every, tracker=log,
-    )  # fmt: skip
-    with _Shown(hidden=as_json) as shown:
+    with Shown(hidden=as_json) as shown:
         last = run(corpus, out, options, setting, init=init, resume=resume, tell=shown.tell)
+    if not shown.is_main_process:
+        return
     if as_json:
         print(json.dumps({"out": str(out), "validation": last}, indent=2))
     else:
         print(out / "model")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _changes(flags: dict[str, Any], texts: list[str]) -> dict[str, Any]:
+    """What flags and --set change, none of it twice."""
+    from fastbert.pretrain import assignments
+
+    given, more = _given(flags), assignments(texts)
+    if twice := given.keys() & more.keys():
+        raise ValueError(f"--set: got {', '.join(sorted(twice))}, which another flag gives too")
+    return given | more
+
+
+def _checked(mask: str | None, replace: str | None) -> dict[str, str | None]:
+    """--mask and --replace under the names that Masking has for them; it would say those of what is
+    wrong. Whole words go by two names."""
+    from fastbert.pretrain.masking import MASK_TOKENS, WHAT
+
+    for flag, value, known in (
+        ("--mask", mask, (*WHAT, "whole-word")),
+        ("--replace", replace, tuple(MASK_TOKENS)),
+    ):
+        if value is not None and value not in known:
+            raise ValueError(f"{flag}: got {value!r}, expected one of {', '.join(known)}")
+    return {"what": "word" if mask == "whole-word" else mask, "mask_token": replace}
 
 
 def _documentation(folder: Path) -> Path:
@@ -140,83 +262,3 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--stack: got {text!r}, expected numbers with commas: 3,6,12") from None
-
-
-def _print_list() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastbert.pretrain import OBJECTIVES, PRESETS, SOURCES
-
-    console = Console()
-    for title, rows in (
-        ("objectives, joined by +", [(n, x.summary, x.paper) for n, x in OBJECTIVES.items()]),
-        ("sources", [(n, "", x.paper) for n, x in SOURCES.items()]),
-        ("presets", [(n, x.summary, x.paper) for n, x in PRESETS.items()]),
-    ):
-        table = Table(title=title, title_justify="left", box=None)
-        for heading in ("name", "what", "paper"):
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, "")
-
-
-class _Shown:
-    """A progress bar with the losses, what is right, the rate and the time that is left."""
-
-    def __init__(self, hidden: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._bars = Progress(
-            BarColumn(20), TextColumn("{task.percentage:3.0f}%  {task.description}"),
-            console=Console(stderr=True), disable=hidden,
-        )  # fmt: skip
-        self._task = self._bars.add_task("starting", total=1.0)
-        self._begun = False
-
-    def __enter__(self) -> _Shown:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def tell(self, trainer: Any, noted: dict[str, Any]) -> None:
-        if not trainer.accelerator.is_main_process:
-            return
-        if not self._begun:
-            self._begun, peak = True, trainer.meter.peak
-            self._print(f"MFU is of {peak.flop_s / 1e12:.4g} TFLOP/s ({peak.source})")
-        if noted["kind"] == "validation":
-            text = ", ".join(
-                f"{name}: loss {x['loss']:.3f} (perplexity {x['perplexity']:.1f}), right "
-                f"{x['accuracy']:.1%} (by chance {x['chance']:.1%})"
-                for name, x in noted["validation"].items()
-            )
-            return self._print(f"step {noted['step']:,}, held out: {text}")
-        text = progress_line(noted, trainer.seconds_left)
-        self._bars.update(self._task, completed=trainer.part_done, description=text)
-
-    def _print(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
-
-
-def progress_line(noted: dict[str, Any], seconds_left: float) -> str:
-    """``step 1,230 mlm 5.021 (right 18.4%) 41,870 tok/s MFU 61.2% ETA 3:05`` of a line of the log:
-    the loss by objective, and what it gets right where it was measured."""
-    right = noted.get("accuracy", {})
-    known = ("step", "kind", "lr", "loss", "accuracy", "tokens_per_s", "mfu", "seconds", "tokens")
-    losses = [
-        f"{name} {loss:.3f}" + (f" (right {right[name]:.1%})" if name in right else "")
-        for name, loss in noted.items()
-        if name not in known
-    ]
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-    return (
-        f"step {noted['step']:,} {' '.join(losses)} {noted['tokens_per_s']:,.0f} tok/s "
-        f"MFU {noted['mfu']:.1%} ETA {left}"
-    )

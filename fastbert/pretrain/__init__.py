@@ -37,6 +37,7 @@ PretrainingModel  batch to loss. Heads never see more than their rows; no (T, V)
                   several batches or ranks exact.
 stack             a state of L layers as one of 2 L, moments of the optimiser too.
 pretrain, Trainer the loop: Options on a Setting (the machine, and how long), resumable.
+RunRecord         what a run in a folder was begun with.
 Options, PRESETS  all of this, and the regime of the optimiser, as plain data under a name.
 
 An objective of one's own is one class:
@@ -78,8 +79,9 @@ from fastbert.pretrain.objectives import (
     register,
     token_term,
 )
-from fastbert.pretrain.options import Options, Phase
+from fastbert.pretrain.options import Options, Phase, assignments
 from fastbert.pretrain.presets import PRESETS, Preset, preset
+from fastbert.pretrain.record import RunRecord
 from fastbert.pretrain.run import pretrain
 from fastbert.pretrain.setting import Setting
 from fastbert.pretrain.sources import Source
@@ -104,11 +106,13 @@ __all__ = [
     "PretrainingData",
     "PretrainingModel",
     "PretrainingOutput",
+    "RunRecord",
     "Setting",
     "Source",
     "Term",
     "Trainer",
     "Vocabulary",
+    "assignments",
     "binary_term",
     "class_term",
     "collate",

@@ -17,7 +17,7 @@ from fastbert.pretrain.sources import FullSentences, Segments, Source, Streams
 SOURCES: dict[str, type[Source]] = {
     source.name: source for source in (SegmentPairs, FullSentences, Segments, Streams)
 }
-"""By name; each has a ``paper``."""
+"""By name; each has a ``paper`` and a ``summary``."""
 
 
 def open_source(

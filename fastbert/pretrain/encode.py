@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fastbert.config import BertConfig
 from fastbert.models import BertModel
 from fastbert.nn.layer import new_pass
+from fastbert.ops import choices
 from fastbert.packed import PackedBatch
 from fastbert.pretrain.collate import PretrainingBatch
 
@@ -43,6 +45,15 @@ def attention_bias(seen: Tensor, batch: PackedBatch) -> Tensor:
     visible = keys[..., 0] <= seen[:, 1, None]
     visible |= (keys[..., 2] == seen[:, 2, None]) & (seen[:, 2, None] != ALONE)
     return torch.zeros((), device=seen.device).where(visible, float("-inf"))[None]
+
+
+def slow_mask(config: BertConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why attention with a mask between tokens is computed by the reference; None where a kernel
+    does it."""
+    size = config.hidden_size // config.num_attention_heads
+    rows = choices(device.type, dtype, {"attention": size}, bias=True)
+    row = next(row for row in rows if row["op"] == "attention")
+    return "; ".join(row["passed_over"].values()) if row["backend"] == "reference" else None
 
 
 def encode(bert: BertModel, batch: PretrainingBatch) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.model import PretrainingModel
 
+_SEED = 0  # of what is sampled: each evaluation of a run asks the same
+
 
 @torch.no_grad()
 def evaluate(
@@ -19,19 +21,23 @@ def evaluate(
     """Of each summand of the loss, over all its targets in ``batches``: the mean loss, the part
     that is right beside the level of chance, and e to the loss, for masked tokens the perplexity.
 
-    Leaves the model in eval mode. Draws no random number unless an objective does.
+    Leaves the model in eval mode, and torch's generators as they were: what comes behind an
+    evaluation is the same as without it.
     """
     model.eval()
     sums: dict[str, list[float]] = {}
-    for batch in batches:
-        with accelerator.autocast():
-            output = model(batch.to(accelerator.device), measure=True)
-        for name, term in output.terms.items():
-            row = sums.setdefault(name, [0.0] * 4)
-            row[0] += float(term.total)
-            row[1] += output.counts[name]
-            row[2] += 0.0 if term.correct is None else float(term.correct)
-            row[3] += 0.0 if term.chance is None else float(term.chance)
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_SEED)
+        for batch in batches:
+            with accelerator.autocast():
+                output = model(batch.to(device), measure=True)
+            for name, term in output.terms.items():
+                row = sums.setdefault(name, [0.0] * 4)
+                row[0] += float(term.total)
+                row[1] += output.counts[name]
+                row[2] += 0.0 if term.correct is None else float(term.correct)
+                row[3] += 0.0 if term.chance is None else float(term.chance)
     found = {}
     for name, (total, count, correct, chance) in sums.items():
         count = max(1.0, count)

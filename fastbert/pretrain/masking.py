@@ -23,7 +23,10 @@ WHAT = {
     "random-span": ("T5, arXiv 1910.10683", "spans of tokens of a mean length"),
     "unit": ("ERNIE, arXiv 1904.09223", "phrases, entities and words"),
 }
-MASK_TOKENS = ("mask", "unk")
+MASK_TOKENS = {
+    "mask": ("BERT, arXiv 1810.04805", "[MASK]"),
+    "unk": ("Clinchant et al., arXiv 1909.12744", "[UNK], which fine-tuning knows too"),
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from fastbert.config import BertConfig
-from fastbert.models import BertForMaskedLM, BertForPreTraining, BertModel, BertPreTrained
+from fastbert.models import (
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertModel,
+    BertPreTrained,
+)
 from fastbert.nn import BertLayer, LMPredictions
 from fastbert.pretrain.collate import PretrainingBatch
 from fastbert.pretrain.encode import encode
@@ -98,9 +104,10 @@ class PretrainingModel(nn.Module):
     ) -> PretrainingModel:
         """The encoder of a Hugging Face folder, and its masked-LM and sentence-pair heads where the
         objectives have them; other heads begin at random. In training mode."""
-        source = BertForPreTraining.from_pretrained(folder, **config_changes)
-        model = cls(source.config, objectives).to(source.bert.embeddings.word_embeddings.weight)
-        names = model._checkpoint_names(BertForPreTraining)
+        kind = _source_kind(objectives)
+        source = kind.from_pretrained(folder, **config_changes)
+        model = cls(source.config, objectives).to(next(source.parameters()))
+        names = model._checkpoint_names(kind)
         stored = source.state_dict()
         found = {name: stored[there] for name, there in names.items() if there in stored}
         model.load_state_dict(found, strict=False)
@@ -186,10 +193,11 @@ class PretrainingModel(nn.Module):
 
     def _checkpoint_names(self, kind: type[BertPreTrained]) -> dict[str, str]:
         """Name here -> name in a ``kind``, of the parameters that it has."""
-        prefixes = {"bert.": "" if kind is BertModel else "bert."}
-        if kind is not BertModel:
+        bare = issubclass(kind, BertModel)
+        prefixes = {"bert.": "" if bare else "bert."}
+        if not bare:
             prefixes[f"heads.{_LM}."] = "cls.predictions."
-        if kind is BertForPreTraining:
+        if kind in (BertForPreTraining, BertForNextSentencePrediction):
             for name in _CHECKPOINT_PAIRS:
                 prefixes[f"heads.{name}."] = "cls.seq_relationship."
         names = {}
@@ -200,6 +208,25 @@ class PretrainingModel(nn.Module):
                 ):
                     names[name] = there + name.removeprefix(here)
         return names
+
+
+class _WithoutPooler(BertModel):
+    """The encoder alone."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+
+
+def _source_kind(objectives: Sequence[Objective]) -> type[BertPreTrained]:
+    """The model that has the parts of a checkpoint that these objectives go on with, and no other:
+    what it has and the checkpoint lacks is warned about."""
+    heads = {_head_name(objective) for objective in objectives}
+    pooled = any(isinstance(objective, SequenceClass) for objective in objectives)
+    if _LM in heads:
+        return BertForPreTraining if pooled else BertForMaskedLM
+    if heads & set(_CHECKPOINT_PAIRS):
+        return BertForNextSentencePrediction
+    return BertModel if pooled else _WithoutPooler
 
 
 def _joined(x: Tensor) -> Tensor:

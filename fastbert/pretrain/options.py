@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 from fastbert.config import BertConfig
 from fastbert.data import Corpus
 from fastbert.pretrain.data import SOURCES, PretrainingData, open_source
+from fastbert.pretrain.fields import fitted, made, names
 from fastbert.pretrain.masking import Masking
 from fastbert.pretrain.objectives import Masks, Objective, parse
 from fastbert.pretrain.segment_pairs import SegmentPairs
 from fastbert.pretrain.sources import Segments
+from fastbert.pretrain.stacking import GROWTH
 from fastbert.train import SCHEDULES
 
 OPTIMIZERS = ("adamw", "lamb")
+_OF_PHASES = {"length", "batch"}  # what ``Options.changed`` changes in every phase
 _SHORT = (SegmentPairs.name, Segments.name)  # the sources that may make short sequences
 
 
@@ -60,7 +64,8 @@ class Options:
     size: a preset of BertConfig (tiny, mini, small, medium, base, large), or a config.json.
     dropout: everywhere, in pretraining.
     phases: one after the other.
-    stack: numbers of layers that the run grows through, such as (3, 6, 12): see ``stack``.
+    stack: numbers of layers that the run grows through, such as (3, 6, 12), the last of them in
+        place of what size says: see ``stack``.
     optimizer: ``adamw`` or ``lamb``; learning_rate, betas, eps, weight_decay, bias_correction and
         max_grad_norm (None: no clipping) are its arguments, see fastbert.train.
     warmup_steps, schedule: see fastbert.train.SCHEDULES.
@@ -107,6 +112,10 @@ class Options:
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
         if not self.phases:
             raise ValueError("phases: got none, expected one or more")
+        if len(self.stack) not in GROWTH or any(layers < 1 for layers in self.stack):
+            raise ValueError(
+                f"stack: got {self.stack}, expected up to {max(GROWTH)} numbers of 1 or more"
+            )
         if any(deep != 2 * flat for flat, deep in zip(self.stack, self.stack[1:], strict=False)):
             raise ValueError(f"stack: got {self.stack}, expected each to be twice the one before")
         if not 0 <= self.warmup_steps <= self.total_steps:
@@ -164,24 +173,64 @@ class Options:
         return PretrainingData(source, objectives, seed=seed, static=self.static)
 
     def changed(self, **changes: Any) -> Options:
-        """With some fields changed, those of ``masking`` by their own names: ``rate=.4``.
+        """With some fields changed, those of ``masking`` by their own names: ``rate=.4``; and
+        ``length`` and ``batch``, which are those of every phase.
 
-        Raises ValueError for unknown names, and for a change of the masking where nothing masks.
+        What the phases have of their own goes along, or the change would be lost on them: their
+        max_predictions in proportion to rate and length, their learning_rate to that of the run; a
+        max_predictions by name takes the place of theirs. objective_options are added to those
+        that there are.
+
+        Raises ValueError for unknown names, values of another kind, and for a change of the masking
+        where nothing masks.
         """
-        own, masking = _names(Options), _names(Masking)
-        if unknown := changes.keys() - own - masking:
-            known = ", ".join(sorted(own | masking))
+        own, masking = names(Options), names(Masking)
+        if unknown := changes.keys() - own - masking - _OF_PHASES:
+            known = ", ".join(sorted(own | masking | _OF_PHASES))
             raise ValueError(f"options: got {', '.join(sorted(unknown))}, expected some of {known}")
-        inner = {name: changes.pop(name) for name in tuple(changes) if name in masking}
-        options = dataclasses.replace(self, **changes)
-        if not inner:
-            return options
-        if not any(isinstance(objective, Masks) for objective in options.objectives()):
+        inner = fitted(Masking, {k: x for k, x in changes.items() if k in masking})
+        of_phases = fitted(Phase, {k: x for k, x in changes.items() if k in _OF_PHASES})
+        outer = fitted(Options, {k: x for k, x in changes.items() if k in own})
+        if inner:
+            outer["masking"] = dataclasses.replace(outer.get("masking", self.masking), **inner)
+        if "objective_options" in outer:
+            added = {**self.objective_options}
+            for name, fields in outer["objective_options"].items():
+                added[name] = {**added.get(name, {}), **fields}
+            outer["objective_options"] = added
+        if "phases" not in outer:
+            outer["phases"] = self._phases_with(of_phases, inner, outer)
+        elif of_phases:
+            raise ValueError(f"phases: got {', '.join(of_phases)} beside them, expected either")
+        options = dataclasses.replace(self, **outer)
+        if inner and not any(isinstance(objective, Masks) for objective in options.objectives()):
             raise ValueError(
                 f"{', '.join(inner)}: {options.objective} masks nothing; its own options are "
                 "objective_options"
             )
-        return dataclasses.replace(options, masking=dataclasses.replace(options.masking, **inner))
+        return options
+
+    def _phases_with(
+        self, of_phases: Mapping[str, int], inner: Mapping[str, Any], outer: Mapping[str, Any]
+    ) -> tuple[Phase, ...]:
+        """The phases as ``changed`` has them.  inner: what changes of the masking.  outer: of all
+        else."""
+        rate = inner.get("rate", self.masking.rate) / self.masking.rate
+        faster = outer.get("learning_rate", self.learning_rate) / self.learning_rate
+        phases = []
+        for phase in self.phases:
+            changes: dict[str, Any] = dict(of_phases)
+            if "max_predictions" in inner:
+                changes["max_predictions"] = None
+            elif phase.max_predictions is not None:
+                longer = of_phases.get("length", phase.length) / phase.length
+                # Rounded up, but not for what floating point leaves behind 20.
+                most = math.ceil(round(phase.max_predictions * rate * longer, 6))
+                changes["max_predictions"] = most
+            if phase.learning_rate is not None:
+                changes["learning_rate"] = phase.learning_rate * faster
+            phases.append(dataclasses.replace(phase, **changes))
+        return tuple(phases)
 
     def scaled(self, steps: int) -> Options:
         """The same run in another number of steps: phases, warm-ups and ramp in proportion."""
@@ -215,23 +264,40 @@ class Options:
         """Raises ValueError for text that is no object of options."""
         try:
             values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError(f"got a {type(values).__name__}, expected an object")
-            if "phases" in values:
-                values["phases"] = tuple(_made(Phase, phase) for phase in values["phases"])
-            if "masking" in values:
-                values["masking"] = _made(Masking, values["masking"])
-            return _made(cls, values)
-        except (ValueError, TypeError) as error:
+            return made(cls, values)
+        except (ValueError, TypeError) as error:  # TypeError: a phase without its length, say
             raise ValueError(f"options: {error}") from error
 
 
-def _names(kind: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(kind)}
+def assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """``name=value``s to what ``Options.changed`` takes. Values are JSON, or else a word as it is:
 
+        optimizer=lamb   betas=[0.9,0.98]   masking.alpha=0.5   objective_options.rtd.divisor=4
 
-def _made(kind: Any, values: Mapping[str, Any]) -> Any:
-    if unknown := values.keys() - _names(kind):
-        known = ", ".join(sorted(_names(kind)))
-        raise ValueError(f"got {', '.join(sorted(unknown))}, expected some of {known}")
-    return kind(**values)
+    Raises ValueError for what is no such text, and for a name that comes twice.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        path, equals, written = text.partition("=")
+        first, *inner = path.split(".")
+        try:
+            value = json.loads(written)
+        except ValueError:
+            value = written
+        if not equals or not all((first, *inner)):
+            raise ValueError(f"set: got {text!r}, expected name=value, such as optimizer=lamb")
+        place, name = changes, first
+        if first == "masking" and len(inner) == 1:
+            name = inner[0]
+        elif first == "objective_options" and len(inner) == 2:
+            place = changes.setdefault(first, {}).setdefault(inner[0], {})
+            name = inner[1]
+        elif inner:
+            raise ValueError(
+                f"set: got {path!r}, expected a name, masking.NAME or "
+                "objective_options.OBJECTIVE.NAME"
+            )
+        if name in place:
+            raise ValueError(f"set: got {path} twice")
+        place[name] = value
+    return changes

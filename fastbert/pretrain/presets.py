@@ -7,6 +7,8 @@ code that came with it; what neither says is BERT's.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbert.pretrain.masking import Masking
@@ -142,7 +144,6 @@ PRESETS: dict[str, Preset] = {
         "which tokens a small generator replaced",
         Options(
             objective="rtd",
-            objective_options={"rtd": {"divisor": 3}},
             source="segments",
             masking=Masking(replace=(0.85, 0.0, 0.15)),
             phases=(Phase(512, 766_000, 256),),
@@ -236,7 +237,26 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str, **changes: Any) -> Options:
-    """The options of a preset, with ``Options.changed``. Raises ValueError for an unknown name."""
+    """The options of a preset, with ``Options.changed``.
+
+    name: in PRESETS, or a .json file: ``Options.to_json``, or the run.json of a run.
+    Raises ValueError for an unknown name and for a file of something else.
+    """
+    if Path(name).suffix == ".json":
+        return _read(Path(name)).changed(**changes)
     if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset: got {name!r}, expected one of {', '.join(PRESETS)}, or a .json file"
+        )
     return PRESETS[name].options.changed(**changes)
+
+
+def _read(path: Path) -> Options:
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+        if isinstance(found, dict) and "options" in found:  # a run.json
+            text = json.dumps(found["options"])
+        return Options.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -41,6 +41,7 @@ class SegmentPairs(Source):
 
     name = "pairs"
     paper = "BERT, arXiv 1810.04805"
+    summary = "two segments, as nsp, sop, 3way and distance need them"
     specials = 3
 
     def __init__(

@@ -31,6 +31,7 @@ class Source(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    summary: ClassVar[str]
     specials: ClassVar[int] = 2  # special tokens in a full example
     cuts_sentences: ClassVar[bool] = True  # those longer than an example
     lengths: Array
@@ -123,6 +124,7 @@ class FullSentences(Source):
 
     name = "full-sentences"
     paper = "RoBERTa, arXiv 1907.11692"
+    summary = "whole sentences, on over the ends of documents"
 
     def _plan(self, rng: np.random.Generator) -> Array:
         starts, pieces = self.pieces.starts, self.pieces
@@ -157,6 +159,7 @@ class Segments(Source):
 
     name = "segments"
     paper = "SpanBERT, arXiv 1907.10529"
+    summary = "whole sentences of one document"
 
     def __init__(self, corpus: Corpus, max_length: int, *, short: float = 0.1, **options: Any):
         self.short = checked_short(short)
@@ -186,6 +189,7 @@ class Streams(Source):
 
     name = "streams"
     paper = "XLM, arXiv 1901.07291"
+    summary = "exactly as many tokens as asked for, wherever sentences end"
     specials = 1
     cuts_sentences = False
 

@@ -8,6 +8,13 @@ import numpy as np
 
 Array = np.ndarray
 
+# What ``span_lengths`` takes -> the paper, and what it is.
+SPANS = {
+    "geometric:P:LONGEST": ("SpanBERT, arXiv 1907.10529", "P (1 - P)^(l - 1) up to LONGEST, or 10"),
+    "inverse:LONGEST": ("ALBERT, arXiv 1909.11942", "1 / l up to LONGEST"),
+    "P1,P2,…": ("UniLMv2, arXiv 2002.12804", "the probabilities of 1, 2, … words themselves"),
+}
+_LONGEST = 10  # of SpanBERT
 _MOST_TRIES = 20  # to place a span at random before its places are counted
 
 
@@ -16,7 +23,8 @@ def span_lengths(spec: str) -> Array:
     """(longest,) float64: the probabilities of the lengths 1, 2, …
 
     geometric:P:LONGEST   P (1 - P)^(l - 1), cut behind LONGEST and normalised (SpanBERT, arXiv
-                          1907.10529, section 3.1: P .2, LONGEST 10, a mean of 3.8)
+                          1907.10529, section 3.1: P .2, LONGEST 10, a mean of 3.8); geometric:P
+                          is geometric:P:10
     inverse:LONGEST       1 / l, normalised (ALBERT, arXiv 1909.11942, eq. 2: LONGEST 3)
     P1,P2,…               the probabilities themselves
     Raises ValueError for anything else.
@@ -24,9 +32,9 @@ def span_lengths(spec: str) -> Array:
     kind, *numbers = spec.split(":")
     try:
         if kind == "geometric":
-            p, longest = float(numbers[0]), int(numbers[1])
+            p, longest = float(numbers[0]), int(numbers[1]) if numbers[1:] else _LONGEST
             weights = p * (1.0 - p) ** np.arange(longest)
-            right = len(numbers) == 2 and 0.0 < p < 1.0
+            right = len(numbers) <= 2 and 0.0 < p < 1.0
         elif kind == "inverse":
             weights = 1.0 / np.arange(1, int(numbers[0]) + 1)
             right = len(numbers) == 1
@@ -37,8 +45,8 @@ def span_lengths(spec: str) -> Array:
         right = False
     if not right or not len(weights) or weights.min() < 0.0:
         raise ValueError(
-            f"span: got {spec!r}, expected geometric:P:LONGEST, inverse:LONGEST or probabilities "
-            "that add up to 1, such as .6,.3,.1"
+            f"span: got {spec!r}, expected geometric:P, geometric:P:LONGEST, inverse:LONGEST or "
+            "probabilities that add up to 1, such as .6,.3,.1"
         )
     return weights / weights.sum()
 

@@ -15,6 +15,7 @@ example; a run may go on with more or fewer of them.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -27,34 +28,43 @@ from torch.utils.data import DataLoader
 
 from fastbert.data import Corpus, TokenBatches
 from fastbert.pretrain.collate import PretrainingBatch, collate
+from fastbert.pretrain.course import Course
 from fastbert.pretrain.data import PretrainingData
+from fastbert.pretrain.encode import slow_mask
 from fastbert.pretrain.evaluation import evaluate, first_batches
 from fastbert.pretrain.model import PretrainingModel
+from fastbert.pretrain.objectives import Objective
 from fastbert.pretrain.options import Options
-from fastbert.pretrain.setting import Progress, Setting
+from fastbert.pretrain.record import noted
+from fastbert.pretrain.setting import Setting
 from fastbert.pretrain.stacking import stack_all
-from fastbert.train import SCHEDULES, AdamW, Lamb, checkpoint, param_groups
+from fastbert.train import AdamW, Lamb, checkpoint, param_groups
 from fastbert.train.errors import NotFinite
 from fastbert.train.flops import Meter, peak
 from fastbert.train.logging import Log
 from fastbert.train.processes import broken, mean, prepare, summed
 from fastbert.train.rng import seed_all
 
+_log = logging.getLogger("fastbert")
+
 Tensor = torch.Tensor
 
 OPTIMIZERS = {"adamw": AdamW, "lamb": Lamb}
 CHECKPOINTS = "checkpoints"
-
-# Where a run with ``stack`` grows, as parts of the whole: Gong et al. (ICML 2019, section 4) give
-# 3, 6 and 12 layers 50, 70 and 280 thousand steps.
-_GROWTH = {0: (), 1: (), 2: (0.3,), 3: (0.125, 0.3)}
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
     """Trains a model of ``options`` on ``corpus``.
 
-    folder: of the run, which exists.  accelerator: of Hugging Face accelerate.
-    init: a Hugging Face folder that the encoder begins as; None begins at random.
+    folder: of the run, which exists when ``run`` is called.
+    accelerator: of Hugging Face accelerate.
+    init: a Hugging Face folder that the model begins as, of whatever size it is; None begins at
+        random.
+    held_out: the corpus's held-out text; None where there is none, or too little for the objectives
+        to make examples of.
+    course, progress: where the run is.
+    Raises ValueError for what does not fit together; nothing is written before ``run``.
     """
 
     def __init__(
@@ -66,20 +76,22 @@ class Trainer:
         accelerator: Any,
         init: Path | None = None,
     ) -> None:
-        self.options = options if setting.steps is None else options.scaled(setting.steps)
+        if init is not None and options.stack:
+            raise ValueError(f"stack: got {options.stack} beside init, whose depth stays")
+        self.course = Course(options, setting)
+        self.options, self.progress = self.course.options, self.course.progress
         self.setting, self.folder, self.accelerator = setting, folder, accelerator
-        self.progress = Progress()
         self.meter = Meter(peak(accelerator.device, setting.precision), accelerator.num_processes)
         self.log = Log(
             folder, setting.tracker, settings=json.loads(options.to_json()),
             active=accelerator.is_main_process,
         )  # fmt: skip
         self.corpus = Corpus(corpus)
-        held_out = Corpus(corpus, "valid")
-        self.held_out = held_out if held_out.num_documents else None
         seed_all(setting.seed)
         self._enter(0)
-        self._build(self._depth(), init)
+        self.held_out = self._usable(Corpus(corpus, "valid"))
+        self._build(self.course.layers, init)
+        self._tell_of_masks()
         if accelerator.num_processes > 1:  # all began alike; from here on each drops its own
             seed_all(setting.seed, accelerator.process_index)
 
@@ -97,22 +109,57 @@ class Trainer:
         )
         self._validation: PretrainingData | None = None
 
-    def _build(self, layers: int, init: Path | None = None) -> None:
+    def _usable(self, held_out: Corpus) -> Corpus | None:
+        """The held-out text, if examples can be made of it as they were of the text to train on."""
+        if not held_out.num_documents:
+            return None
+        try:
+            self.options.data(held_out, self.options.phases[0], seed=self.setting.seed)
+        except ValueError as error:
+            self._warn(f"held-out text: too little of it to evaluate anything on, documents: "
+                       f"{held_out.num_documents:,} ({error})")  # fmt: skip
+            return None
+        return held_out
+
+    def _tell_of_masks(self) -> None:
+        dtype = _DTYPES[self.setting.precision]
+        for objective in self.options.objectives():
+            why = slow_mask(self.model.config, self.accelerator.device, dtype)
+            if objective.masks_attention and why is not None:
+                self._warn(f"{objective.name}: not every token sees every other: attention takes a "
+                           f"mask, and runs on the slow reference path ({why})")  # fmt: skip
+
+    def _warn(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            _log.warning("%s", text)
+
+    def _build(self, layers: int | None, init: Path | None = None) -> None:
+        """layers: None for those that the options, or init, have."""
         objectives = self.options.objectives()
-        config = self.options.config(self.corpus.vocab_size).replace(num_hidden_layers=layers)
-        if init is None:
-            model = PretrainingModel(config, objectives)
-        else:
-            model = PretrainingModel.from_pretrained(
-                init, objectives, hidden_dropout_prob=self.options.dropout,
-                attention_probs_dropout_prob=self.options.dropout,
-            )  # fmt: skip
-            if model.config.vocab_size != self.corpus.vocab_size:
-                raise ValueError(
-                    f"init: {init} has a vocabulary of {model.config.vocab_size}, the corpus one "
-                    f"of {self.corpus.vocab_size}; prepare the corpus with --tokenizer {init}"
-                )
-        self._take(model)
+        if init is not None:
+            return self._take(self._continued(init, objectives))
+        config = self.options.config(self.corpus.vocab_size)
+        if layers is not None:
+            config = config.replace(num_hidden_layers=layers)
+        self._take(PretrainingModel(config, objectives))
+
+    def _continued(self, init: Path, objectives: tuple[Objective, ...]) -> PretrainingModel:
+        model = PretrainingModel.from_pretrained(
+            init, objectives, hidden_dropout_prob=self.options.dropout,
+            attention_probs_dropout_prob=self.options.dropout,
+        )  # fmt: skip
+        if model.config.vocab_size != self.corpus.vocab_size:
+            raise ValueError(
+                f"init: {init} has a vocabulary of {model.config.vocab_size}, the corpus one "
+                f"of {self.corpus.vocab_size}; prepare the corpus with --tokenizer {init}"
+            )
+        longest = max(phase.length for phase in self.options.phases)
+        if longest > model.config.max_position_embeddings:
+            raise ValueError(
+                f"phases: got a length of {longest}, expected at most that of {init}, "
+                f"{model.config.max_position_embeddings}"
+            )
+        return model
 
     def _take(self, model: PretrainingModel) -> None:
         self.model = model.to(self.accelerator.device).train()
@@ -122,67 +169,6 @@ class Trainer:
             o.weight_decay, o.bias_correction, o.max_grad_norm,
         )  # fmt: skip
         self.wrapped, self.optimizer = prepare(self.accelerator, self.model, optimizer)
-
-    # --- where the run is ---------------------------------------------------------------------
-
-    @property
-    def part_done(self) -> float:
-        """0 at the beginning of the run, 1 at its end."""
-        if self.setting.steps is not None:
-            return self.progress.step / self.setting.steps
-        assert self.setting.minutes is not None
-        return min(1.0, self.progress.seconds / (60 * self.setting.minutes))
-
-    @property
-    def seconds_left(self) -> float:
-        """At the mean pace until now; infinite before the first step."""
-        if not self.part_done:
-            return math.inf
-        return self.progress.seconds * (1.0 / self.part_done - 1.0)
-
-    @property
-    def place(self) -> float:
-        """Where the run is in the steps of ``options``."""
-        if self.setting.steps is not None:
-            return float(self.progress.step)
-        return self.part_done * self.options.total_steps
-
-    def _phase_and_step(self) -> tuple[int, float]:
-        """The phase, and the step in it."""
-        step, last = self.place, len(self.options.phases) - 1
-        for number, phase in enumerate(self.options.phases):
-            if step < phase.steps or number == last:
-                return number, step
-            step -= phase.steps
-        raise AssertionError("there is a phase")
-
-    def _depth(self) -> int:
-        """Layers that the model is to have now."""
-        stack = self.options.stack
-        if not stack:
-            return self.options.config(self.corpus.vocab_size).num_hidden_layers
-        return stack[sum(self.part_done >= begin for begin in _GROWTH[len(stack)])]
-
-    def _learning_rate(self) -> float:
-        """After warm-up and decay; a phase may have its own (its steps are then its whole)."""
-        o = self.options
-        number, step = self._phase_and_step()
-        phase, schedule = o.phases[number], SCHEDULES[o.schedule]
-        # The first update is made at the rate of step 1: at 0 it would be lost.
-        if phase.learning_rate is not None or phase.warmup_steps is not None:
-            rate = o.learning_rate if phase.learning_rate is None else phase.learning_rate
-            return rate * schedule(step + 1, phase.warmup_steps or 0, phase.steps + 1)
-        return o.learning_rate * schedule(self.place + 1, o.warmup_steps, o.total_steps + 1)
-
-    def _parts(self) -> int:
-        """How many batches make the next update."""
-        o, (number, _) = self.options, self._phase_and_step()
-        sequences: float = o.phases[number].batch
-        if o.ramp_start is not None and o.ramp_steps:
-            grown = min(1.0, self.place / o.ramp_steps)
-            sequences = o.ramp_start + grown * (sequences - o.ramp_start)
-        tokens = sequences * o.phases[number].length / self.accelerator.num_processes
-        return max(1, round(tokens / self.batches.max_tokens))
 
     # --- going on -----------------------------------------------------------------------------
 
@@ -198,7 +184,10 @@ class Trainer:
         loaded = checkpoint.load(
             found, model=self.model, optimizer=self.optimizer, sampler=self.batches
         )
-        self.progress = Progress(loaded.step, extra["seconds"], extra["tokens"])
+        progress = self.progress
+        progress.step, progress.seconds, progress.tokens = (
+            loaded.step, extra["seconds"], extra["tokens"]
+        )  # fmt: skip
         return True
 
     def save(self) -> Path:
@@ -238,13 +227,18 @@ class Trainer:
             self.log.close()
 
     def _run(self) -> Iterator[dict[str, Any]]:
-        setting, batches = self.setting, self.training_batches()
-        while self.part_done < 1.0:
+        setting, course = self.setting, self.course
+        evaluations = [row["step"] for row in noted(self.folder, "validation")]
+        if self.progress.step and self.progress.step not in evaluations:
+            yield from self._evaluated()  # it was stopped behind the checkpoint
+        batches = self.training_batches()
+        while course.part_done < 1.0:
             began = time.perf_counter()
-            if self._phase_and_step()[0] != self.phase:
-                self._enter(self._phase_and_step()[0])
+            if course.phase != self.phase:
+                self._enter(course.phase)
                 batches = self.training_batches()
-            if self._depth() != self.model.config.num_hidden_layers:
+            # A run that was made longer may be deeper already than it has to be.
+            if course.layers is not None and course.layers > self.model.config.num_hidden_layers:
                 self.grow()
             step = self.progress.step + 1
             look = step % setting.log_every == 0
@@ -254,15 +248,22 @@ class Trainer:
             if look or seen["loss"].device.type == "cpu":
                 self._check(step, seen["loss"])
             self._count(parts, time.perf_counter() - began)
-            end = self.part_done >= 1.0
-            if look or end:
+            if course.is_due(setting.log_every):
                 self._check(step, seen["loss"])
-                yield self._noted("train", lr=self._learning_rate(), **_numbers(seen),
+                yield self._noted("train", lr=course.learning_rate, **_numbers(seen),
                                   **self.meter.read())  # fmt: skip
-            if self.held_out is not None and (step % setting.evaluate_every == 0 or end):
-                yield self._noted("validation", validation=self.evaluate())
-            if step % setting.save_every == 0 or end:
-                self.save()
+            if course.is_due(setting.save_every):
+                self.save()  # before the evaluation: what it may run into costs no work
+            yield from self._evaluated()
+
+    def _evaluated(self) -> Iterator[dict[str, Any]]:
+        if self.held_out is not None and self.course.is_due(self.setting.evaluate_every):
+            yield self._noted("validation", validation=self.evaluate())
+
+    def _parts(self) -> int:
+        """How many batches make the next update."""
+        tokens = self.course.update_tokens / self.accelerator.num_processes
+        return max(1, round(tokens / self.batches.max_tokens))
 
     def _count(self, parts: list[PretrainingBatch], seconds: float) -> None:
         """Add a step to the progress: ranks agree on it, and on when a run by the clock ends."""
@@ -297,7 +298,7 @@ class Trainer:
     def update(self, parts: list[PretrainingBatch], measure: bool = False) -> dict[str, Any]:
         """One step on the accumulated batches: its "loss", the mean loss of each summand by name
         and, if it is to measure, "accuracy", of each summand that has one."""
-        lr = self._learning_rate()
+        lr = self.course.learning_rate
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr * group["lr_scale"])

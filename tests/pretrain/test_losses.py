@@ -194,6 +194,7 @@ def test_generator_sizes(hidden: int, divisor: int, width: int, heads: int) -> N
     small = generator_config(config, divisor)
     assert (small.hidden_size, small.num_attention_heads) == (width, heads)
     assert small.intermediate_size == 4 * width and small.num_hidden_layers == 3
+    assert generator_config(config) == small  # what the paper gives each of these sizes
 
 
 def test_bart() -> None:

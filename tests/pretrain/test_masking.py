@@ -125,6 +125,7 @@ def test_a_word_that_overflows_is_left_out() -> None:
 
 def test_span_lengths() -> None:
     geometric = span_lengths("geometric:.2:10")
+    assert np.array_equal(geometric, span_lengths("geometric:0.2"))
     assert geometric[0] == pytest.approx(0.2 / (1 - 0.8**10))
     assert geometric[9] / geometric[8] == pytest.approx(0.8)
     assert geometric @ np.arange(1, 11) == pytest.approx(3.8, abs=0.005)  # what the paper says
@@ -345,7 +346,8 @@ def test_bad_options() -> None:
         ({"replace": (1.2, -0.1, -0.1)}, "replace: got"),
         ({"per": "word"}, "per: got 'word', expected one of token, group"),
         ({"mask_token": "pad"}, "mask_token: got 'pad', expected one of mask, unk"),
-        ({"span": "geometric:.2"}, "span: got 'geometric:.2', expected geometric:P:LONGEST"),
+        ({"span": "geometric"}, "span: got 'geometric', expected geometric:P, geometric:P:LONG"),
+        ({"span": "geometric:.2:10:3"}, "span: got 'geometric:.2:10:3', expected geometric:P"),
         ({"span": "geometric:1:10"}, "span: got"),
         ({"span": "uniform:3"}, "span: got"),
         ({"span": ".5,.4"}, "span: got"),

@@ -181,7 +181,7 @@ def test_replaced_tokens() -> None:
     assert asked(found, "rtd") == {"place": [1, 3], "labels": [10, 12], "index": [0, 1, 2, 3, 4]}
     (objective,) = parse("rtd")
     assert objective.masking.replace == (0.85, 0.0, 0.15)  # type: ignore[attr-defined]
-    assert (objective.divisor, objective.weight) == (4, 50.0)  # type: ignore[attr-defined]
+    assert (objective.divisor, objective.weight) == (None, 50.0)  # type: ignore[attr-defined]
 
 
 def test_permutation_lm() -> None:

@@ -16,6 +16,7 @@ from fastbert.pretrain import (
     Options,
     Phase,
     PretrainingModel,
+    assignments,
     collate,
     preset,
     stack,
@@ -62,7 +63,6 @@ def test_what_the_papers_say() -> None:
     assert preset("spanbert").masking.span == "geometric:.2:10"
     assert preset("spanbert").masking.per == "group"
     assert preset("xlm").masking.alpha == 0.5 and preset("xlm").phases[0].length == 256
-    assert preset("electra").objectives()[0].divisor == 3  # type: ignore[attr-defined]
     assert preset("cramming").dropout == 0.0 and preset("cramming").ramp_start is not None
     assert preset("bert-stacked").stack == (3, 6, 12)
     assert preset("unk").masking.mask_token == "unk"
@@ -84,14 +84,92 @@ def test_changes() -> None:
         preset("berta")
 
 
-def test_phases_have_their_own_max_predictions() -> None:
-    options = preset("bert-base", rate=0.5)
-    most = [
-        next(o for o in options.objectives(phase) if o.name == "mlm").masking.max_predictions  # type: ignore[attr-defined]
+def masked(options: Options) -> list[int]:
+    """How many tokens of a full sequence of each phase are masked."""
+    return [
+        next(o for o in options.objectives(phase) if o.name == "mlm").masking.budget(phase.length)  # type: ignore[attr-defined]
         for phase in options.phases
     ]
-    assert most == [20, 80]
+
+
+def test_phases_have_their_own_max_predictions() -> None:
+    options = preset("bert-base")
+    assert masked(options) == [19, 77]  # round(.15 S), which 20 and 80 let through
     assert options.phases[0].batch_tokens == 128 * 256
+    assert masked(options.changed(max_predictions=10)) == [10, 10]
+    assert masked(options.changed(max_predictions=None, rate=0.5)) == [64, 256]
+
+
+@pytest.mark.parametrize("name", ["bert-base", "bert-lamb", "structbert"])
+def test_what_is_changed_is_not_overruled_by_the_phases(name: str) -> None:
+    """Not by limits that were made for other rates and lengths, nor by a peak of their own."""
+    for rate in (0.05, 0.15, 0.4, 0.5):
+        options = preset(name, rate=rate)
+        assert masked(options) == [round(rate * phase.length) for phase in options.phases]
+    for length in (32, 64, 256, 1024):
+        options = preset(name, length=length, rate=0.3)
+        assert {phase.length for phase in options.phases} == {length}
+        assert masked(options) == [round(0.3 * length)] * len(options.phases)
+    assert (
+        preset(name, rate=0.15, length=512).changed(rate=0.15).phases
+        == preset(name, length=512).phases
+    )
+    lower = preset(name, learning_rate=preset(name).learning_rate / 2, batch=8)
+    assert {phase.batch for phase in lower.phases} == {8}
+    own = [phase.learning_rate for phase in lower.phases]
+    assert own == [x and x / 2 for x in (phase.learning_rate for phase in preset(name).phases)]
+
+
+def test_a_preset_from_a_file(tmp_path: Path) -> None:
+    """As --show prints it, and as a run keeps it."""
+    options, path = preset("albert", rate=0.3), tmp_path / "own.json"
+    path.write_text(options.to_json())
+    assert preset(str(path)) == options
+    path.write_text(json.dumps({"corpus": "c", "options": json.loads(options.to_json())}))
+    assert preset(str(path), size="tiny") == options.changed(size="tiny")
+    for text, message in (
+        ("{", "own.json: "),
+        ('{"colour": 1}', "own.json: options: got colour"),
+        ('{"options": 3}', "options: got a int, expected an object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            preset(str(path))
+
+
+def test_assignments() -> None:
+    texts = ["optimizer=lamb", "masking.alpha=0.5", "betas=[0.9,0.98]", "max_grad_norm=null",
+             "objective_options.rtd.divisor=4", "objective_options.rtd.weight=25",
+             "masking.replace=[1,0,0]", "static=true", "warmup_steps=100"]  # fmt: skip
+    options = preset("xlm", **assignments(texts))
+    assert (options.optimizer, options.betas, options.max_grad_norm) == ("lamb", (0.9, 0.98), None)
+    assert options.masking == Masking(alpha=0.5, replace=(1.0, 0.0, 0.0))
+    assert options.objective_options == {"rtd": {"divisor": 4, "weight": 25}}
+    assert options.static and options.warmup_steps == 100
+    more = options.changed(**assignments(["objective_options.rtd.divisor=2"]))
+    assert more.objective_options == {"rtd": {"divisor": 2, "weight": 25}}
+    for text, message in (
+        ("optimizer", "set: got 'optimizer', expected name=value"),
+        ("=3", "set: got '=3', expected name=value"),
+        ("masking.alpha.x=1", "set: got 'masking.alpha.x', expected a name"),
+        ("colour=1", "options: got colour, expected some of"),
+        ("masking.colour=1", "options: got colour"),
+        ("learning_rate=fast", "learning_rate: got 'fast', expected a number"),
+        ("betas=[0.9]", r"betas: got \[0.9\], expected a list of 2 numbers"),
+        ("stack=3", "stack: got 3, expected a list of whole numbers"),
+        ("static=1", "static: got 1, expected true or false"),
+        ("warmup_steps=true", "warmup_steps: got True, expected a whole number"),
+        ("phases=3", "phases: got 3, expected a list of objects"),
+        ("objective_options=3", "objective_options: got 3, expected an object"),
+        ("objective_options.rtd.divisor=x", "objective rtd: divisor: got 'x', expected a whole"),
+        ("masking.replace=[1,0]", r"replace: got \[1, 0\], expected a list of 3 numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preset("electra", **assignments([text]))
+    with pytest.raises(ValueError, match="set: got masking.rate twice"):
+        assignments(["masking.rate=.2", "masking.rate=.3"])
+    with pytest.raises(ValueError, match="phases: got length beside them"):
+        preset("minutes", length=64, phases=[{"length": 32, "steps": 9000, "batch": 2}])
 
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 1000, 123_457, 5_000_000])
@@ -136,6 +214,8 @@ def test_bad_options() -> None:
         ({"schedule": "none"}, "schedule: got 'none', expected one of linear"),
         ({"phases": ()}, "phases: got none"),
         ({"stack": (3, 12)}, r"stack: got \(3, 12\), expected each to be twice"),
+        ({"stack": (1, 2, 4, 8)}, r"stack: got \(1, 2, 4, 8\), expected up to 3 numbers"),
+        ({"stack": (0, 0)}, r"stack: got \(0, 0\), expected up to 3 numbers of 1 or more"),
         ({"warmup_steps": 2_000_000}, "warmup_steps: got 2000000"),
         ({"objective": "mlm+abc"}, "objective: got 'abc'"),
     ):

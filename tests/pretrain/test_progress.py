@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastbert.cli.pretrain import progress_line
+from fastbert.cli.pretrain_shown import progress_line, start_line
 from fastbert.data import Corpus
 from fastbert.pretrain import Options, Phase, Setting, Trainer, preset, pretrain
 
@@ -38,6 +38,11 @@ def test_line() -> None:
         "step 1,230 rtd/generator 5.021 (right 18.4%) rtd 0.500 41,870 tok/s MFU 61.2% ETA 3:05"
     )
     assert progress_line(noted, 3600 * 26 + 61).endswith("ETA 26:01:01")
+    begun = {"step": 0, "layers": 2, "hidden_size": 128, "parameters": 4_385_920,
+             "update_tokens": 4_096}  # fmt: skip
+    assert start_line(begun) == (
+        "step 0: 2 layers of 128, 4,385,920 parameters, 4,096 tokens an update"
+    )
 
 
 def test_every_look_has_what_the_line_shows(
@@ -47,7 +52,10 @@ def test_every_look_has_what_the_line_shows(
     left: list[float] = []
 
     def tell(trainer: Trainer, noted: dict[str, Any]) -> None:
-        left.append(trainer.seconds_left)
+        if noted["kind"] == "start":
+            assert "1 layers of 32" in start_line(noted)
+            return
+        left.append(trainer.course.seconds_left)
         progress_line(noted, left[-1])
 
     chosen = Setting(steps=6, batch_tokens=256, workers=0, log_every=2)
@@ -74,7 +82,7 @@ def test_nothing_is_known_before_the_first_step(
     from fastbert.train.processes import accelerator
 
     trainer = Trainer(documentation.folder, options, Setting(steps=6), tmp_path, accelerator("no"))
-    assert math.isinf(trainer.seconds_left)
+    assert math.isinf(trainer.course.seconds_left)
 
 
 def test_tensorboard(documentation: Corpus, options: Options, tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def test_a_run_leaves_a_model_and_what_it_was_made_of(
     assert last["mlm"]["loss"] == rows[-1]["validation"]["mlm"]["loss"] < losses[0]
     model = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.hidden_size == 32 and model.config.vocab_size == 400
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "without dropout" not in card and model.config.hidden_dropout_prob == 0.1
     assert "60 steps" in card and f"{last['mlm']['loss']:.4f}" in card
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
     begun = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -121,7 +123,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(
     pretrain(corpus, tmp_path / "whole", chosen, setting())
     stopped(corpus, tmp_path / "stopped", chosen, after=7)
     assert log(tmp_path / "stopped")[-1]["step"] == 7  # a line more than the checkpoint knows
-    pretrain(corpus, tmp_path / "stopped", Options(), setting(workers=workers), resume=True)
+    pretrain(corpus, tmp_path / "stopped", chosen, setting(workers=workers), resume=True)
     same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -136,7 +138,8 @@ def test_phases_growth_ramp_and_accumulation(corpus: Path, size: str, tmp_path: 
     seen: dict[int, tuple[int, int]] = {}
 
     def tell(trainer: Trainer, noted: dict[str, Any]) -> None:
-        seen[noted["step"]] = trainer.model.config.num_hidden_layers, trainer.phase
+        if noted["kind"] == "train":
+            seen[noted["step"]] = trainer.model.config.num_hidden_layers, trainer.phase
 
     pretrain(corpus, tmp_path / "whole", chosen, setting(), tell=tell)
     layers = [seen[step][0] for step in range(1, 13)]
@@ -195,6 +198,8 @@ def test_bad_input(corpus: Path, size: str, tmp_path: Path) -> None:
     pretrain(corpus, tmp_path / "run", options(size), setting(1))
     with pytest.raises(ValueError, match="^out: .* holds a run already"):
         pretrain(corpus, tmp_path / "run", options(size), setting(1))
+    with pytest.raises(OSError, match="made/corpus.json: no such file, expected a folder that"):
+        pretrain(tmp_path / "made", tmp_path / "none", options(size), setting(1))
     for bad in ({"steps": None}, {"minutes": 1.0}, {"batch_tokens": 0}, {"precision": "fp8"}):
         with pytest.raises(ValueError, match="expected"):
             dataclasses.replace(setting(1), **bad)

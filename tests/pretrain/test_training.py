@@ -53,6 +53,8 @@ SLOW = [
     Run("mlm+nsp", "pairs", {"nsp": 0.2}, steps=150),
     Run("mlm+sbo", "segments", {"mlm": 0.03, "sbo": 0.03}, masking=Masking(what="span")),
     Run("mlm", "segments", {"mlm": 0.03}, masking=Masking(what="word", rate=0.4)),
+    Run("mlm", "segments", {"mlm": 0.02}, masking=Masking(what="unit")),
+    Run("mlm", "segments", {"mlm": 0.02}, masking=Masking(what="random-span", mean_span=3.0)),
     Run("mlm", "streams", {"mlm": 0.02}, steps=150, masking=Masking(alpha=0.5)),
     Run("3way", "pairs", {"3way": 0.2}),
     Run("distance", "pairs", {"distance": 0.2}),
@@ -129,7 +131,12 @@ def test_it_learns(run: Run, documentation: Corpus) -> None:
     learns(run, documentation)
 
 
+def name_of(run: Run) -> str:
+    masking = "" if run.masking is None else f"-{run.masking.what}"
+    return f"{run.objective}-{run.source}{masking}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("run", SLOW, ids=lambda run: f"{run.objective}-{run.source}")
+@pytest.mark.parametrize("run", SLOW, ids=name_of)
 def test_it_learns_too(run: Run, documentation: Corpus) -> None:
     learns(run, documentation)

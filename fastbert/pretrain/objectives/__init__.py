@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fastbert.pretrain.fields import made
 from fastbert.pretrain.masking import Masking
 from fastbert.pretrain.objectives.boundary import SpanBoundary
 from fastbert.pretrain.objectives.denoising import Denoising
@@ -110,13 +110,10 @@ def parse(
         fields = dict(options.get(name, {}))
         if masking is not None and issubclass(kind, Masks):
             fields["masking"] = masking
-        known_fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        if unknown := fields.keys() - known_fields:
-            raise ValueError(
-                f"objective {name}: got {', '.join(sorted(unknown))}, expected some of "
-                f"{', '.join(sorted(known_fields)) or 'no options'}"
-            )
-        found.append(kind(**fields))
+        try:
+            found.append(made(kind, fields))
+        except ValueError as error:
+            raise ValueError(f"objective {name}: {error}") from error
     check_together(found)
     return tuple(sorted(found, key=lambda objective: (objective.stage, objective.name)))
 

@@ -85,6 +85,7 @@ class Objective(ABC):
     relations: between two segments, which the source has to provide; see ``SegmentPairs``.
     needs: names of other objectives, one of which it goes with.
     alone: whether it goes with no other.
+    masks_attention: whether its examples have ``visibility``, a mask between tokens.
     head_name: objectives with the same one share a head; the objective's name unless given.
     """
 
@@ -95,6 +96,7 @@ class Objective(ABC):
     relations: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     alone: ClassVar[bool] = False
+    masks_attention: ClassVar[bool] = False
     head_name: ClassVar[str] = ""
 
     @property

@@ -34,6 +34,7 @@ class PermutationLM(Objective):
     summary = "the last tokens of a random order, each from those before it"
     stage = CORRUPT
     head_name = "lm"
+    masks_attention = True
 
     k: int = 6
 

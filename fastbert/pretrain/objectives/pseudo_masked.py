@@ -40,6 +40,7 @@ class PseudoMaskedLM(Masks):
     paper = "UniLMv2, arXiv 2002.12804"
     summary = "masked tokens, and masked spans one after the other"
     head_name = "lm"
+    masks_attention = True
 
     masking: Masking = field(default_factory=_unilm2_masking)
 

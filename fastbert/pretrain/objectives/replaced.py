@@ -27,12 +27,19 @@ from fastbert.train.flops import encoder_flops, matrix_weights
 Tensor = torch.Tensor
 
 _HEAD_DIM = 64
+_BASE = 768  # the width of BERT-base
 _CHUNK = 2**25  # logits that are sampled from together
 
 
-def generator_config(config: BertConfig, divisor: int) -> BertConfig:
+def generator_config(config: BertConfig, divisor: int | None = None) -> BertConfig:
     """A generator of about 1 / divisor of the encoder's width and as many layers: heads of 64
-    channels, or one of fewer where the width is less, and an FFN of four times the width."""
+    channels, or one of fewer where the width is less, and an FFN of four times the width.
+
+    divisor: None is 3 for the width of BERT-base and 4 for every other (Clark et al., arXiv
+        2003.10555, table 6).
+    """
+    if divisor is None:
+        divisor = 3 if config.hidden_size == _BASE else 4
     wanted = config.hidden_size / divisor
     heads = max(1, round(wanted / _HEAD_DIM))
     width = heads * min(_HEAD_DIM, max(8, int(wanted) // 8 * 8))
@@ -44,7 +51,7 @@ class Generator(nn.Module):
     section 3.2): LN(word + position + type) → Linear(H, H_g) → layers of H_g → LN(act(Linear(H_g,
     H))) → the word embeddings as decoder, and a bias of its own."""
 
-    def __init__(self, config: BertConfig, divisor: int) -> None:
+    def __init__(self, config: BertConfig, divisor: int | None) -> None:
         super().__init__()
         small = generator_config(config, divisor)
         hidden, eps = config.hidden_size, config.layer_norm_eps
@@ -77,7 +84,7 @@ class Generator(nn.Module):
 class _Heads(nn.Module):
     """The generator, and on the encoder W_2 act(W_1 x + b_1) + b_2, one logit a token."""
 
-    def __init__(self, config: BertConfig, divisor: int) -> None:
+    def __init__(self, config: BertConfig, divisor: int | None) -> None:
         super().__init__()
         self.generator = Generator(config, divisor)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
@@ -107,7 +114,7 @@ class ReplacedTokens(Masks):
     gradient through it; one that is the original by chance counts as original. The embedding
     tables are shared, position and token types too. 15% of the masked tokens are left as they are
     for the generator (the authors' code).
-    divisor: of the encoder's width: 4 for small and large models, 3 for base.
+    divisor: of the encoder's width; None is that of the encoder's size, see ``generator_config``.
     """
 
     name = "rtd"
@@ -115,11 +122,11 @@ class ReplacedTokens(Masks):
     summary = "which tokens a small generator replaced"
 
     masking: Masking = field(default_factory=_electra_masking)
-    divisor: int = 4
+    divisor: int | None = None
     weight: float = 50.0
 
     def __post_init__(self) -> None:
-        if self.divisor < 1:
+        if self.divisor is not None and self.divisor < 1:
             raise ValueError(f"divisor: got {self.divisor!r}, expected 1 or more")
 
     def prepare(
