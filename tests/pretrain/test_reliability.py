@@ -117,7 +117,7 @@ def goes_on(made: Path, place: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "file"), [(64_000, "step-00000008: this checkpoint"), (10, "log.jsonl: step 8")]
+    ("limit", "file"), [(64_000, "step-00000008: this checkpoint"), (10, "log.jsonl: step 4")]
 )
 def test_full_disk(made: Path, place: Path, limit: int, file: str) -> None:
     out = place / "run"
