@@ -215,8 +215,7 @@ class Options:
     ) -> tuple[Phase, ...]:
         """The phases as ``changed`` has them.  inner: what changes of the masking.  outer: of all
         else."""
-        rate = inner.get("rate", self.masking.rate) / self.masking.rate
-        faster = outer.get("learning_rate", self.learning_rate) / self.learning_rate
+        rate = outer.get("masking", self.masking).rate / self.masking.rate
         phases = []
         for phase in self.phases:
             changes: dict[str, Any] = dict(of_phases)
@@ -227,7 +226,8 @@ class Options:
                 # Rounded up, but not for what floating point leaves behind 20.
                 most = math.ceil(round(phase.max_predictions * rate * longer, 6))
                 changes["max_predictions"] = most
-            if phase.learning_rate is not None:
+            if phase.learning_rate is not None and "learning_rate" in outer:
+                faster = outer["learning_rate"] / self.learning_rate
                 changes["learning_rate"] = phase.learning_rate * faster
             phases.append(dataclasses.replace(phase, **changes))
         return tuple(phases)
@@ -277,6 +277,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
     Raises ValueError for what is no such text, and for a name that comes twice.
     """
     changes: dict[str, Any] = {}
+    of_objectives: dict[str, dict[str, Any]] = {}
     for text in texts:
         path, equals, written = text.partition("=")
         first, *inner = path.split(".")
@@ -290,8 +291,7 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
         if first == "masking" and len(inner) == 1:
             name = inner[0]
         elif first == "objective_options" and len(inner) == 2:
-            place = changes.setdefault(first, {}).setdefault(inner[0], {})
-            name = inner[1]
+            place, name = of_objectives.setdefault(inner[0], {}), inner[1]
         elif inner:
             raise ValueError(
                 f"set: got {path!r}, expected a name, masking.NAME or "
@@ -300,4 +300,6 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
         if name in place:
             raise ValueError(f"set: got {path} twice")
         place[name] = value
-    return changes
+    if of_objectives and "objective_options" in changes:
+        raise ValueError("set: got objective_options both whole and in parts")
+    return changes | ({"objective_options": of_objectives} if of_objectives else {})

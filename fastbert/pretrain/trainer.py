@@ -123,8 +123,8 @@ class Trainer:
 
     def _tell_of_masks(self) -> None:
         dtype = _DTYPES[self.setting.precision]
+        why = slow_mask(self.model.config, self.accelerator.device, dtype)
         for objective in self.options.objectives():
-            why = slow_mask(self.model.config, self.accelerator.device, dtype)
             if objective.masks_attention and why is not None:
                 self._warn(f"{objective.name}: not every token sees every other: attention takes a "
                            f"mask, and runs on the slow reference path ({why})")  # fmt: skip

@@ -106,6 +106,7 @@ def test_what_is_changed_is_not_overruled_by_the_phases(name: str) -> None:
     for rate in (0.05, 0.15, 0.4, 0.5):
         options = preset(name, rate=rate)
         assert masked(options) == [round(rate * phase.length) for phase in options.phases]
+        assert preset(name, masking=Masking(rate=rate)).phases == options.phases
     for length in (32, 64, 256, 1024):
         options = preset(name, length=length, rate=0.3)
         assert {phase.length for phase in options.phases} == {length}
@@ -166,6 +167,8 @@ def test_assignments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             preset("electra", **assignments([text]))
+    with pytest.raises(ValueError, match="set: got objective_options both whole and in parts"):
+        assignments(["objective_options.rtd.divisor=2", 'objective_options={"rtd": {}}'])
     with pytest.raises(ValueError, match="set: got masking.rate twice"):
         assignments(["masking.rate=.2", "masking.rate=.3"])
     with pytest.raises(ValueError, match="phases: got length beside them"):
