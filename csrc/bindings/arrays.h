@@ -26,30 +26,30 @@ inline std::string dtype_of(const py::array& array) { return py::str(array.dtype
 /// is not const asks for a writeable one.
 template <class T>
 T* elements(const char* name, const py::object& value, const std::vector<int64_t>& shape) {
+  using Element = std::remove_const_t<T>;
   if (value.is_none()) return nullptr;
-  const std::string dtype = py::str(py::dtype::of<std::remove_const_t<T>>());
-  std::string expected = "a C-contiguous, aligned " + dtype;
+  // What is right is found out without a string: numpy takes 4 us to name a dtype.
+  if (py::isinstance<py::array_t<Element, 0>>(value)) {
+    const auto array = py::reinterpret_borrow<py::array>(value);
+    bool fits = is_plain(array) && array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
+                (std::is_const_v<T> || array.writeable());
+    for (size_t i = 0; fits && i < shape.size(); ++i) {
+      fits = shape[i] < 0 || array.shape(i) == shape[i];
+    }
+    if (fits) return static_cast<T*>(const_cast<void*>(array.data()));
+  }
+  std::string expected =
+      "a C-contiguous, aligned " + std::string(py::str(py::dtype::of<Element>()));
   expected += std::is_const_v<T> ? " array" : " writeable array";
   expected += " of shape (";
   for (const int64_t size : shape) expected += (size < 0 ? "*" : std::to_string(size)) + ",";
   expected += ")";
-  if (!py::isinstance<py::array>(value)) {
-    throw py::value_error(std::string(name) + ": got " + std::string(py::str(py::type::of(value))) +
-                          ", expected " + expected);
+  std::string got = py::str(py::type::of(value));
+  if (py::isinstance<py::array>(value)) {
+    const auto array = py::reinterpret_borrow<py::array>(value);
+    got = dtype_of(array) + " of shape " + std::string(py::str(py::object(array.attr("shape"))));
   }
-  const auto array = py::reinterpret_borrow<py::array>(value);
-  bool fits = dtype_of(array) == dtype && is_plain(array) &&
-              array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
-              (std::is_const_v<T> || array.writeable());
-  for (size_t i = 0; fits && i < shape.size(); ++i) {
-    fits = shape[i] < 0 || array.shape(i) == shape[i];
-  }
-  if (!fits) {
-    throw py::value_error(std::string(name) + ": got " + dtype_of(array) + " of shape " +
-                          std::string(py::str(py::object(array.attr("shape")))) + ", expected " +
-                          expected);
-  }
-  return static_cast<T*>(const_cast<void*>(array.data()));
+  throw py::value_error(std::string(name) + ": got " + got + ", expected " + expected);
 }
 
 /// The same where None is none of the choices.

@@ -63,6 +63,8 @@ def test_batches_do_not_change_a_bit(saved: Any, texts: list[str]) -> None:
     expected = encoder.encode(texts)
     for batch_tokens in (1, 30, 10**6):
         assert np.array_equal(encoder.encode(many, batch_tokens=batch_tokens)[-6:], expected)
+    alone = [encoder.encode([text])[0] for text in texts]
+    assert np.array_equal(alone, expected)
     assert np.array_equal(Encoder(encoder.saved.folder, num_threads=3).encode(texts), expected)
     assert encoder.encode([]).shape == (0, 48)
 
@@ -81,6 +83,7 @@ def test_token_ids_in_place_of_texts(saved: Any, texts: list[str]) -> None:
     assert np.array_equal(encoder.encode(ids), expected)
     assert np.array_equal(encoder.encode([i.tolist() for i in ids]), expected)
     assert not encoder.encode([[], [2, 3]])[0].any()
+    assert not encoder.encode([[]]).any()
     assert encoder.encode([np.arange(2, 5, dtype=np.int32)]).shape == (1, 48)
 
 
