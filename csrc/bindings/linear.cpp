@@ -139,7 +139,8 @@ class Linear {
       }
       kernels_.run(packed, input, std::min(kRowGrain, rows - row), column,
                    std::min(column + kColumnGrain, last), activation_,
-                   residual == nullptr ? nullptr : residual + row * out_, y + row * out_, out_);
+                   residual == nullptr ? nullptr : residual + row * out_, y + row * out_, out_,
+                   fastbert::Upcoming{nullptr, 0});
     };
     fastbert::parallel_for(row_pieces * column_pieces, 1, num_threads,
                            [&run_piece](int64_t begin, int64_t end) {

@@ -81,6 +81,9 @@ class Forward {
       if (step.kind == Step::Kind::kAttention) {
         const int64_t chunks = static_cast<int64_t>(work_.chunks.size());
         work_.stages.push_back({first, last, chunks, divide_up(step.heads, group_)});
+      } else if (attends_by_thread(first)) {
+        last = first + 2;
+        work_.stages.push_back({first, last, 1, threads_});
       } else if (whole_blocks_) {
         while (last < steps && m.steps[last].kind != Step::Kind::kAttention) ++last;
         work_.stages.push_back({first, last, blocks_, 1});
@@ -95,14 +98,26 @@ class Forward {
     }
   }
 
-  /// A rows step of few tokens: two pieces a thread.
+  /// A rows step of few tokens.
   Stage rows(int64_t step) const {
-    return {step, step + 1, std::min<int64_t>(batch_.num_tokens, 2 * threads_), 1};
+    return {step, step + 1, std::min<int64_t>(batch_.num_tokens, threads_), 1};
+  }
+
+  /// Of few tokens: whether q, k and v from `step` on and the attention over them are one stage, in
+  /// which each thread attends to the heads that it has multiplied. Its columns must be whole blocks.
+  bool attends_by_thread(int64_t step) const {
+    const auto steps = model_.steps.begin() + step;
+    if (whole_blocks_ || steps[0].kind != Step::Kind::kLinear ||
+        steps[1].kind != Step::Kind::kAttention) {
+      return false;
+    }
+    const int64_t heads = steps[1].heads;
+    return heads % threads_ == 0 && heads / threads_ * model_.head_dim % kColumnBlock == 0;
   }
 
   /// A Linear of few tokens: one piece of columns a thread, one stream of weights from beginning to
-  /// end. (Four a thread would balance better, but the first block of each comes unannounced from
-  /// memory: 5 to 10% of the time of 16 tokens.) Where there are too few columns, rows are cut too.
+  /// end, whose first block comes while the thread multiplies by the weights before it (upcoming()).
+  /// Where there are too few columns, rows are cut too.
   Stage tiles(int64_t step) const {
     const int64_t blocks = divide_up(model_.steps[step].linear->packed.out, kColumnBlock);
     const int64_t columns = std::min<int64_t>(blocks, threads_);
@@ -201,10 +216,13 @@ class Forward {
     rows.block = block_of(worker);
     for (int64_t i = stage.first_step; i < stage.last_step; ++i) {
       const Step& step = model_.steps[i];
-      if (step.kind == Step::Kind::kLinear) {
-        multiply(step, rows, column_part, stage.column_parts);
-      } else {
+      if (step.kind == Step::Kind::kRows) {
         finish_rows(step, rows);
+      } else if (i + 1 < stage.last_step && model_.steps[i + 1].kind == Step::Kind::kAttention) {
+        return attend_by_thread(i, rows, column_part);
+      } else {
+        const Columns columns = columns_of(step, column_part, stage.column_parts);
+        multiply(step, rows, columns, upcoming(i + 1, column_part));
       }
     }
   }
@@ -279,7 +297,34 @@ class Forward {
     model_.kernels->sum_rows(parts, typed ? 3 : 2, model_.embedding_size, sum);
   }
 
-  void multiply(const Step& step, const Rows& rows, int64_t part, int64_t parts) const {
+  /// Columns [first, last) of a Linear, as LinearTable::run() takes them.
+  struct Columns {
+    int64_t first, last;
+  };
+
+  Columns columns_of(const Step& step, int64_t part, int64_t parts) const {
+    const int64_t out = step.linear->packed.out, blocks = divide_up(out, kColumnBlock);
+    return {blocks * part / parts * kColumnBlock,
+            std::min(blocks * (part + 1) / parts * kColumnBlock, out)};
+  }
+
+  /// The first block of columns that the thread with this part of the columns meets from `step` on.
+  Upcoming upcoming(int64_t step, int64_t part) const {
+    const int64_t steps = static_cast<int64_t>(model_.steps.size());
+    while (step < steps && model_.steps[step].kind != Step::Kind::kLinear) ++step;
+    if (step == steps) return {nullptr, 0};
+    const int64_t parts = whole_blocks_ ? 1 : tiles(step).column_parts;
+    const Columns columns = columns_of(model_.steps[step], std::min(part, parts - 1), parts);
+    return weights_of(model_.steps[step].linear->packed, columns.first);
+  }
+
+  /// The packed weights of the block of columns that begins with `first`.
+  Upcoming weights_of(const PackedLinear& w, int64_t first) const {
+    const int64_t bytes = model_.linears->packed_bytes(w.kind, w.in, kColumnBlock);
+    return {static_cast<const char*>(w.weights) + first / kColumnBlock * bytes, bytes};
+  }
+
+  void multiply(const Step& step, const Rows& rows, Columns columns, Upcoming upcoming) const {
     const PackedLinear& w = step.linear->packed;
     LinearInput x = {};
     if (step.linear->quantized()) {
@@ -290,13 +335,28 @@ class Forward {
     } else {
       x.values = at(step.buffer, rows.begin, rows, w.in);
     }
-    const int64_t blocks = divide_up(w.out, kColumnBlock);
-    const int64_t first = blocks * part / parts * kColumnBlock;
-    const int64_t last = std::min(blocks * (part + 1) / parts * kColumnBlock, w.out);
     const float* residual = step.residual ? at(Buffer::kStream, rows.begin, rows, w.out) : nullptr;
     float* y = at(step.output, rows.begin, rows, w.out);
-    model_.linears->run(w, x, rows.end - rows.begin, first, last, step.activation, residual, y,
-                        w.out);
+    model_.linears->run(w, x, rows.end - rows.begin, columns.first, columns.last, step.activation,
+                        residual, y, w.out, upcoming);
+  }
+
+  /// q, k and v of the heads of a part (attends_by_thread()), and attention over them.
+  void attend_by_thread(int64_t qkv, const Rows& rows, int64_t part) const {
+    const Step& linear = model_.steps[qkv];
+    const Step& attention = model_.steps[qkv + 1];
+    const int64_t heads = attention.heads / threads_, width = heads * model_.head_dim;
+    for (int64_t i = 0; i < 3; ++i) {
+      const int64_t first = (i * threads_ + part) * width;
+      const Upcoming next = i < 2 ? weights_of(linear.linear->packed, first + threads_ * width)
+                                  : upcoming(qkv + 2, part);
+      multiply(linear, rows, {first, first + width}, next);
+    }
+    for (AttentionPiece piece : work_.chunks) {
+      piece.first_head = part * heads;
+      piece.heads = heads;
+      model_.kernels->attention_piece(qkv_, piece, attention.heads, model_.head_dim, context_);
+    }
   }
 
   void attend(const Step& step, int64_t chunk, int64_t group) const {

@@ -14,7 +14,8 @@
 // leaves two ways to cut a batch. Many tokens: a piece is a block of rows that goes from one
 // attention to the next in one thread, with its intermediate values in that thread's L2. Few
 // tokens: each step is a stage of its own, Linears in pieces of columns, and the threads share the
-// weights. A value depends on its own row and column only, so that the cut changes no bit.
+// weights; but q, k, v and attention are one stage, by heads, where heads can be shared out evenly. A
+// value depends on its own row and column only, so that the cut changes no bit.
 #pragma once
 
 #include <cstdint>
@@ -85,7 +86,8 @@ struct Batch {
 };
 
 /// Steps [first_step, last_step) for all tokens: row_parts · column_parts pieces. For attention the
-/// row parts are the forward's chunks of queries, the column parts are groups of heads.
+/// row parts are the forward's chunks of queries, the column parts are groups of heads (where it is in
+/// one stage with its Linear: a thread's heads, and all chunks).
 struct Stage {
   int64_t first_step, last_step, row_parts, column_parts;
 };

@@ -66,6 +66,12 @@ struct LinearInput {
   const float* values;
 };
 
+/// Packed weights that the caller multiplies by next.
+struct Upcoming {
+  const char* begin;
+  int64_t bytes;
+};
+
 struct LinearTable {
   const char* name;
 
@@ -87,9 +93,11 @@ struct LinearTable {
 
   /// y[0 … rows) × [first, last): columns `first` (a multiple of kColumnBlock) up to `last` (such a
   /// multiple or out) of y (rows × out, leading dimension `stride`, fp32). `residual`, unless null,
-  /// is added after the activation (same leading dimension; it may be y itself).
+  /// is added after the activation (same leading dimension; it may be y itself). `upcoming` is
+  /// brought into L2 during the last kColumnBlock columns.
   void (*run)(const PackedLinear& w, const LinearInput& x, int64_t rows, int64_t first,
-              int64_t last, Activation activation, const float* residual, float* y, int64_t stride);
+              int64_t last, Activation activation, const float* residual, float* y, int64_t stride,
+              Upcoming upcoming);
 };
 
 /// The table of the instruction set in use (dispatch.h chooses).

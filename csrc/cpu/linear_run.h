@@ -34,7 +34,7 @@ FASTBERT_INLINE LinearInput from_row(const LinearInput& x, int64_t row, int64_t 
 template <class Kernel>
 void run_kernel(const PackedLinear& w, const LinearInput& x, int64_t rows, int64_t first,
                 int64_t last, Activation activation, const float* residual, float* y,
-                int64_t stride) {
+                int64_t stride, Upcoming upcoming) {
   using Sum = typename Kernel::Sum;
   constexpr int64_t P = Kernel::kPanelColumns;
   const auto finish = tile_finish<Sum, P>(activation);
@@ -47,15 +47,20 @@ void run_kernel(const PackedLinear& w, const LinearInput& x, int64_t rows, int64
     const int64_t tiles = (block_rows + Kernel::kTileRows - 1) / Kernel::kTileRows;
     for (int64_t column = first; column < last; column += P) {
       const char* panel = static_cast<const char*>(w.weights) + column / P * panel_bytes;
-      // While this panel is computed, the one at the same place in the next piece comes into L2.
-      const int64_t next = kColumnBlock / P * panel_bytes;
-      const int64_t next_bytes = column + kColumnBlock < last ? panel_bytes : 0;
+      // While this panel is computed, the one at the same place in the next piece comes into L2; after
+      // the last piece, what the caller needs next.
+      Upcoming ahead_of_panel = {panel + kColumnBlock / P * panel_bytes, panel_bytes};
+      if (column + kColumnBlock >= last) {
+        const int64_t share = upcoming.bytes / (kColumnBlock / P);
+        ahead_of_panel = {upcoming.begin + column % kColumnBlock / P * share, share};
+      }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t begin = block_rows * tile / tiles;
         const int64_t count = block_rows * (tile + 1) / tiles - begin;
         alignas(64) Sum sums[Kernel::kTileRows][P];
-        Ahead ahead(panel + (next_bytes == 0 ? 0 : next + next_bytes * tile / tiles),
-                    next_bytes / tiles, panel_bytes / Kernel::kStepBytes);
+        const int64_t slice = ahead_of_panel.bytes / tiles;
+        Ahead ahead(slice == 0 ? panel : ahead_of_panel.begin + tile * slice, slice,
+                    panel_bytes / Kernel::kStepBytes);
         Kernel::tile(prepared, begin, count, panel, ahead, sums);
         const int64_t at = (block + begin) * stride + column;
         TileScale scale{nullptr, nullptr, nullptr, nullptr, w.bias + column};
@@ -97,10 +102,10 @@ struct LinearUnit {
   }
   static void run(const PackedLinear& w, const LinearInput& x, int64_t rows, int64_t first,
                   int64_t last, Activation activation, const float* residual, float* y,
-                  int64_t stride) {
+                  int64_t stride, Upcoming upcoming) {
     (w.kind == Weights::kInt8 ? run_kernel<Int8> : run_kernel<BFloat16>)(w, x, rows, first, last,
                                                                          activation, residual, y,
-                                                                         stride);
+                                                                         stride, upcoming);
   }
   static const LinearTable* table(const char* name) {
     static const LinearTable table = {name,           &packed_bytes, &pack, &quantized_stride,

@@ -50,9 +50,10 @@ struct VnniKernel {
         for (int64_t k = 0; k < stride; k += FASTBERT_VECTOR_BYTES) {
           sum = dot4(sum, ones, load_raw<IntVec<float>>(values + row * stride + k));
         }
-        uint32_t total = 0;
-        for (int64_t lane = 0; lane < kLanes<float>; ++lane) total += sum[lane];
-        start[row] = static_cast<int32_t>(-128 * total);
+        for (int32_t half = kLanes<float> / 2; half > 0; half /= 2) {
+          sum += __builtin_shuffle(sum, lane_index<float>() ^ half);
+        }
+        start[row] = -128 * sum[0];
       }
     }
     const int64_t words;

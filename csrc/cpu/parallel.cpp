@@ -95,19 +95,19 @@ inline void pause_cpu() {
 #endif
 }
 
-/// Looks for `condition` some tens of microseconds long; true if it came.
+/// Looks for `condition`, by default some tens of microseconds long; true if it came.
 template <class Condition>
-bool watch(Condition condition) {
-  constexpr int kTurns = 500;
-  for (int turn = 0; turn < kTurns; ++turn) {
+bool watch(Condition condition, int turns = 500) {
+  for (int turn = 0; turn < turns; ++turn) {
     if (condition()) return true;
     pause_cpu();
   }
   return false;
 }
 
-/// Workers that watch a moment for the next region (the ops of one layer follow each other
-/// closely), then sleep. One region at a time: a second caller works alone meanwhile.
+/// Workers that watch a moment for the next region, then sleep. The ops of one layer follow each
+/// other closely, and calls of a small model with 0.1 ms of Python between them; to wake a worker
+/// takes 30 us or more. One region at a time: a second caller works alone meanwhile.
 class Pool {
  public:
   /// False if the pool was busy and nothing was done.
@@ -145,10 +145,11 @@ class Pool {
   }
 
   void serve() {
+    constexpr int kMoment = 16000;  // turns of 40 (or 140) cycles: 0.2 ms or more
     uint64_t seen = 0;
     const auto called = [&] { return generation_.load(std::memory_order_relaxed) != seen; };
     for (;;) {
-      watch(called);
+      watch(called, kMoment);
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, called);
       seen = generation_.load(std::memory_order_relaxed);
@@ -228,36 +229,83 @@ void run_parallel(int64_t n, int64_t grain, int num_threads, RangeFunction funct
 
 namespace {
 
-/// The pieces of all stages, numbered through. A piece waits only for pieces with lower numbers,
-/// all of which are in the hands of running threads: somebody always gets on.
-struct StagedLoop {
+/// Each worker has pieces of its own in every stage: those whose number leaves its own when divided
+/// by the number of workers. So it meets the same columns of weights, rows and heads again, and no
+/// cache line but the count of what is done goes from core to core. Whoever has none left watches
+/// for about a microsecond, as far apart as threads come to an end that do the same, and then takes
+/// those of others: a thread may come late, or never. A piece waits only for pieces of the stage
+/// before, all of which are in the hands of running threads by then: somebody always gets on.
+class StagedLoop {
+ public:
+  /// `taken`: workers · row_of(stages) zeros.
+  StagedLoop(const int64_t* first, int64_t stages, int workers, std::atomic<int32_t>* taken,
+             StageFunction function, void* context)
+      : first_(first),
+        stages_(stages),
+        workers_(workers),
+        taken_(taken),
+        function_(function),
+        context_(context) {}
+
+  /// Counters of a worker, so many that none shares a cache line with the next one's.
+  static int64_t row_of(int64_t stages) { return (stages + 15) / 16 * 16; }
+
   void work(int worker) {
-    int64_t stage = 0;
+    for (int64_t stage = 0; stage < stages_; ++stage) {
+      reach(stage, worker);
+      take_all(stage, worker, worker);
+    }
+    reach(stages_, worker);
+  }
+
+ private:
+  /// Returns when the stages before `stage` are done.
+  void reach(int64_t stage, int worker) {
+    constexpr int kShortly = 80;
+    const auto ready = [&] { return done_.load(std::memory_order_acquire) >= first_[stage]; };
+    if (watch(ready, kShortly)) return;
+    for (int other = 1; other < workers_; ++other) {
+      take_all(stage - 1, (worker + other) % workers_, worker);
+    }
+    // What is waited for is being worked on. Others may need this core for it.
+    while (!watch(ready)) std::this_thread::yield();
+  }
+
+  /// Runs what is left of the pieces of `owner`.
+  void take_all(int64_t stage, int owner, int worker) {
+    const int64_t pieces = first_[stage + 1] - first_[stage];
+    std::atomic<int32_t>& taken = taken_[owner * row_of(stages_) + stage];
     for (;;) {
-      const int64_t number = next.fetch_add(1, std::memory_order_relaxed);
-      if (number >= first[stages]) return;
-      while (number >= first[stage + 1]) ++stage;
-      const auto ready = [&] { return done.load(std::memory_order_acquire) >= first[stage]; };
-      // What is waited for is being worked on. Others may need this core for it.
-      while (!watch(ready)) std::this_thread::yield();
-      function(context, stage, number - first[stage], worker);
-      done.fetch_add(1, std::memory_order_release);
+      int64_t piece =
+          owner + static_cast<int64_t>(taken.load(std::memory_order_relaxed)) * workers_;
+      if (piece >= pieces) return;
+      piece =
+          owner + static_cast<int64_t>(taken.fetch_add(1, std::memory_order_relaxed)) * workers_;
+      if (piece >= pieces) return;
+      function_(context_, stage, piece, worker);
+      done_.fetch_add(1, std::memory_order_release);
     }
   }
 
-  const int64_t* const first;
-  const int64_t stages;
-  const StageFunction function;
-  void* const context;
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+  const int64_t* const first_;
+  const int64_t stages_;
+  const int workers_;
+  std::atomic<int32_t>* const taken_;
+  const StageFunction function_;
+  void* const context_;
+  alignas(64) std::atomic<int64_t> done_{0};
 };
 
 }  // namespace
 
 void run_stages(const int64_t* first, int64_t stages, int num_threads, StageFunction function,
                 void* context) {
-  StagedLoop loop{first, stages, function, context};
+  using Count = std::atomic<int32_t>;
+  const int64_t counts = num_threads * StagedLoop::row_of(stages);
+  Count* const taken = static_cast<Count*>(
+      thread_scratch(Scratch::kStages, static_cast<size_t>(counts) * sizeof(Count)));
+  for (int64_t i = 0; i < counts; ++i) new (taken + i) Count(0);
+  StagedLoop loop(first, stages, num_threads, taken, function, context);
   // Each index is one thread's turn at the loop.
   parallel_for(num_threads, 1, num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) loop.work(static_cast<int>(worker));

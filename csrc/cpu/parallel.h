@@ -40,9 +40,10 @@ using StageFunction = void (*)(void* context, int64_t stage, int64_t piece, int 
 /// Runs stages one after the other: stage s has first[s + 1] - first[s] pieces (first[0] = 0),
 /// which run in any order, and none of them before all pieces of the stages before are done.
 ///
-/// This is one fork and one join however many stages there are: a thread takes the next piece of
-/// all and, if that is the first of a new stage, watches a counter until the stage before is done.
-/// No barrier counts threads, so one that comes late, or never, holds up nobody.
+/// This is one fork and one join however many stages there are: a worker takes its own pieces of a
+/// stage, those with number % num_threads == worker, and watches a counter until all are done. No
+/// barrier counts threads: one that comes late, or never, holds up nobody, as others then take its
+/// pieces.
 void run_stages(const int64_t* first, int64_t stages, int num_threads, StageFunction function,
                 void* context);
 
@@ -85,6 +86,7 @@ enum class Scratch : int {
   kAttention,
   kLinear,    // a block of rows in the form that the kernel reads; the columns being packed
   kUnsigned,  // a block of int8 rows moved by 128
+  kStages,    // of the thread that calls run_stages(): counters of pieces
   kCount
 };
 void* thread_scratch(Scratch slot, size_t bytes);

@@ -53,6 +53,7 @@ class Spec:
 SPECS = {
     "plain": Spec(),
     "head_dim_64": Spec(hidden=96, head_dim=64, widths=((2, 256), (1, 64)), activation="gelu_tanh"),
+    "heads_by_thread": Spec(widths=((4, 128), (12, 64))),  # whole column blocks
     "head_dim_80": Spec(hidden=80, head_dim=80, widths=((1, 320), (1, 320)), activation="silu"),
     "uneven": Spec(hidden=72, head_dim=20, widths=((1, 200), (5, 56)), activation="relu"),
     "albert": Spec(embedding=24, widths=((2, 96),), layers=(0, 0, 0), types=False),

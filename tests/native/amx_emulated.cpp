@@ -27,7 +27,7 @@ void run(int kind, int64_t in, int64_t out, const void* weights, const float* w_
   fastbert::linear_amx::linear_table()->run(
       {static_cast<Weights>(kind), in, out, weights, w_scale, zeros, zeros},
       {int8 ? quantized : nullptr, x_scale, zeros, values}, rows, first, last, Activation::kNone,
-      nullptr, y, out);
+      nullptr, y, out, {nullptr, 0});
 }
 
 }  // extern "C"
