@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,8 +120,8 @@ def finetune(
     from fastbert.finetune.methods import parse
     from fastbert.finetune.run import finetune as run
     from fastbert.finetune.setting import Setting
+    from fastbert.train.processes import accelerator as new_accelerator
 
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has begun
     setting = Setting(
         epochs=epochs, learning_rate=lr, batch=batch, batch_tokens=batch_tokens, warmup=warmup,
         dropout=dropout, max_length=max_length, stride=stride, precision=precision, seed=seed,
@@ -142,9 +141,11 @@ def finetune(
             f"--method: {method} leaves the model parts that the second task's does not have; "
             "expected one that does not, with --then"
         )
-    with _Shown(hidden=as_json or not is_first) as shown:
+    accelerator = new_accelerator(precision)
+    shown_here = accelerator.is_main_process
+    with _Shown(hidden=as_json or not shown_here) as shown:
         if then is not None:
-            run(model, out=out / "first", setting=setting, tell=shown.tell,
+            run(model, out=out / "first", setting=setting, tell=shown.tell, accelerator=accelerator,
                 resume=_goes_on(out / "first", resume), **files, **shared)  # fmt: skip
             model = out / "first" / "model"
             files = {
@@ -154,9 +155,12 @@ def finetune(
             shared["new_head"] = True
         if search is not None:
             setting = _searched(search, model, setting, out, resume, shown, files, shared)
-        results = run(model, out=out, setting=setting, seeds=seeds, tell=shown.tell,
-                      resume=_goes_on(out, resume), **files, **shared)  # fmt: skip
-    if not is_first:
+        results = run(
+            model, out=out, setting=setting, seeds=seeds, tell=shown.tell, accelerator=accelerator,
+            resume=_goes_on(out, resume), **files, **shared,
+        )  # fmt: skip
+    accelerator.end_training()
+    if not shown_here:
         return None
     if as_json:
         print(json.dumps({"out": str(out), **results}, indent=2))

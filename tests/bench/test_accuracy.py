@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files in their formats, a few lines each; one text calibrates."""
     monkeypatch.setattr(bench, "_CALIBRATION", 1)
-    monkeypatch.setattr(data, "_TREC_TRAIN", 2)
+    monkeypatch.setattr(data, "TREC_TRAIN", 2)
     texts = "the cat sat\nthe dog ran\nwho is there ?\nthe caf\xe9 is here\n"
     (tmp_path / "lee.cor").write_text(texts, encoding="latin-1")
     (tmp_path / "lee_background.cor").write_text("the cat ran\nthe dog sat\n", encoding="latin-1")

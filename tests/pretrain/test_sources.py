@@ -212,7 +212,7 @@ def test_short_sequences(documentation: Corpus) -> None:
     counts = np.bincount(short)[2:]
     assert len(counts) == 498 and abs(counts - len(short) / 498).max() < 5 * np.sqrt(200)
     for kind in (Segments, SegmentPairs):
-        part = [np.mean(kind(documentation, 512, short=x).lengths < 256) for x in (0.0, 0.1, 1.0)]
+        part = [np.mean(kind(documentation, 512, short=x).lengths < 256) for x in (0.0, 0.5, 1.0)]
         assert part[0] < part[1] < part[2]
 
 
