@@ -101,7 +101,8 @@ struct PairsKernel {
           input_(x),
           count_(count) {
       for (int64_t i = 0; i < count * stride; i += FASTBERT_VECTOR_BYTES) {
-        const ByteVec u = load_raw<ByteVec>(x.quantized + i) + static_cast<int8_t>(127);
+        // Added as unsigned numbers: 127 + 127 is none that an int8 has.
+        const auto u = load_raw<UnsignedByteVec>(x.quantized + i) + static_cast<uint8_t>(127);
         store_raw(values + i, u);
         store_raw(evens + i / 2, reinterpret_cast<Int16Vec>(u) & static_cast<int16_t>(0xff));
       }

@@ -61,6 +61,7 @@ FASTBERT_INLINE IntVec<float> quantize(Vec<float> x, float offset, float inverse
 }
 
 typedef int8_t ByteVec __attribute__((vector_size(FASTBERT_VECTOR_BYTES)));
+typedef uint8_t UnsignedByteVec __attribute__((vector_size(FASTBERT_VECTOR_BYTES)));
 typedef int8_t QuarterVec __attribute__((vector_size(FASTBERT_VECTOR_BYTES / 4)));
 
 /// The low bytes of the lanes.
