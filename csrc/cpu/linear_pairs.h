@@ -191,7 +191,7 @@ struct PairsKernel {
   /// w (columns × in) -> panel.
   static void pack_panel(const int8_t* w, int64_t in, int64_t columns, const Panel& panel) {
     std::vector<int8_t> within(w, w + columns * in);
-    std::vector<char> listed(in / 2);  // even k
+    std::vector<char> listed(std::max<int64_t>(in / 2, 2));  // even k, and the filler below
     std::fill(panel.start, panel.start + kPanelColumns, 0);
     for (int64_t column = 0; column < columns; ++column) {
       int8_t* const of_column = within.data() + column * in;
