@@ -103,7 +103,9 @@ Embeddings make_embeddings(const int64_t* input_ids, const int64_t* position_ids
                            const int64_t* token_type_ids, const void* word, const void* position,
                            const void* token_type, int64_t num_words, int64_t num_positions,
                            int64_t num_token_types, int64_t tokens, const char* op) {
-  const bool empty = num_words < 1 || num_positions < 1 || (token_type && num_token_types < 1);
+  // An empty tensor has no address: only its ids tell that a table is meant to be there.
+  const bool empty =
+      num_words < 1 || num_positions < 1 || (token_type_ids != nullptr && num_token_types < 1);
   if (tokens > 0 && empty) {
     throw std::invalid_argument(std::string(op) + ": a table without rows, but tokens to look up");
   }

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kChunk = 64;
 constexpr int kChunkWarps = 4;        // of a block, one chunk each
-constexpr int kChunkBlocksPerSM = 4;  // a bound on registers, 128: ptxas would choose 40 and spill
+constexpr int kChunkBlocksPerSM = 5;  // bounds registers to 96: ptxas would take 40 and spill
 constexpr int kInFlight = 8;          // rows loaded before the first is added
 constexpr int kKeyThreads = 256;
 constexpr int kNoKey = -1;  // before the first place and after the last

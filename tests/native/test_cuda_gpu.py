@@ -87,11 +87,32 @@ def test_add_layer_norm(
     checks.add_layer_norm(launch, place, rows, cols, dtype, dtype, p=p)
 
 
+@DROPOUT
+@DTYPES
+@pytest.mark.parametrize("cols", [13, 64, 96, 384, 768, 1000, 1024, 2048])
+@pytest.mark.parametrize("rows", [0, 1, 65, 1027])
+def test_embed_layer_norm(
+    launch: ModuleType, rows: int, cols: int, dtype: torch.dtype, p: float
+) -> None:
+    checks.embed_layer_norm(launch, place, rows, cols, dtype, dtype, p=p)
+
+
+@pytest.mark.parametrize("ids", ["random", "same", "outside"])
+@pytest.mark.parametrize(
+    "entries", [(97, 33, 2), (97, 33, 0), (30_522, 512, 2), (250_002, 514, 1)], ids=str
+)
+def test_embed_layer_norm_of_other_tables(
+    launch: ModuleType, entries: tuple[int, int, int], ids: str
+) -> None:
+    checks.embed_layer_norm(launch, place, 9000, 96, BF16, FP32, p=0.1, entries=entries, ids=ids)
+
+
 def test_add_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
     def misaligned(x: torch.Tensor) -> torch.Tensor:
         return torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
 
     checks.add_layer_norm(launch, misaligned, 6, 96, BF16, BF16, p=0.3)
+    checks.embed_layer_norm(launch, misaligned, 300, 96, BF16, BF16, p=0.3)
     checks.bias_gelu(launch, misaligned, 6, 96, BF16, BF16, False)
     checks.attention(launch, misaligned, [3, 40], 1, 32, BF16)
 
@@ -104,6 +125,9 @@ def test_the_same_bits_a_hundred_times(launch: ModuleType) -> None:
     qkv = torch.randn(rows, 3, 12, 64, device="cuda", dtype=BF16)
     bounds = torch.arange(0, rows + 1, 512, dtype=torch.int32, device="cuda")
     seed = torch.tensor([5], device="cuda")
+    word, position, types = (torch.randn(n, cols, device="cuda").to(BF16) for n in (999, 512, 2))
+    ids = [torch.randint(n, (rows,), device="cuda") for n in (999, 512, 2)]
+    tables = (*ids, word, position, types, weight)
 
     def run() -> list[torch.Tensor]:
         y, *saved = launch.add_layer_norm_fwd(
@@ -111,11 +135,15 @@ def test_the_same_bits_a_hundred_times(launch: ModuleType) -> None:
         )
         grads = launch.add_layer_norm_bwd(dy, saved[0], weight, *saved[1:], 0.1, seed, 0, True)
         gelu = launch.bias_gelu_bwd(dy, x, bias, False)
+        embedded = launch.embed_layer_norm_fwd(*tables, bias, 1e-5, 0.1, seed, 2)
+        table_grads = launch.embed_layer_norm_bwd(dy, *tables, *embedded[1:], 0.1, seed, 2)
         return [
             y,
             *saved,
             *grads,
             *gelu,
+            *embedded,
+            *table_grads,
             *launch.attention_fwd(qkv, bounds, 512, 0.125, 0.1, seed, 1),
         ]
 

@@ -115,9 +115,9 @@ def test_choices_under_force() -> None:
 
 
 def test_refusals_say_why() -> None:
-    attention, embed = OPS["attention"], OPS["embed_layer_norm"]
+    attention, gather = OPS["attention"], OPS["gather_rows"]
     for reason, words in [
-        (_registry.refusal(embed, "cuda", "cuda", torch.float32, 64), "no cuda kernel"),
+        (_registry.refusal(gather, "cuda", "cuda", torch.float32, 64), "no cuda kernel"),
         (_registry.refusal(attention, "cpp", "cuda", torch.float32, 64), "CPU tensors, not cuda"),
         (_registry.refusal(attention, "cpp", "cpu", torch.float16, 64), "do not take float16"),
         (_registry.refusal(attention, "triton", "cuda", torch.float64, 64), "float64"),
