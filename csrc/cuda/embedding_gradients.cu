@@ -268,14 +268,15 @@ void embedding_gradients(const void* de, const void* keys, const int64_t* order,
     const auto run = [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       const int64_t chunks = chunks_of(places);
-      const auto columns = static_cast<unsigned>(ceil_div<int64_t>(cols, kWarpSize * kWidth));
+      const int64_t column_blocks = ceil_div<int64_t>(cols, kWarpSize * kWidth);
+      const unsigned columns = grid_extent(column_blocks, kOp, kMostBlocksY);
       launch(kOp, embedding_chunks_kernel<T, kWidth>,
              dim3(grid_extent(ceil_div<int64_t>(chunks, kChunkWarps), kOp), columns),
              dim3(kWarpSize, kChunkWarps), 0, stream, p);
       launch(kOp, embedding_joins_kernel<T, kWidth>, dim3(grid_extent(chunks, kOp), columns),
              dim3(kWarpSize, kColumnWarps), kColumnSharedBytes<kWidth>, stream, p);
     };
-    if (aligned16(de, dword, dposition, dtoken_type) && cols % kVectorWidth<T> == 0) {
+    if (aligned16(de, dword, dposition, dtoken_type, workspace) && cols % kVectorWidth<T> == 0) {
       run(std::integral_constant<int, kVectorWidth<T>>{});
     } else {
       run(std::integral_constant<int, 1>{});

@@ -55,7 +55,8 @@ def _cpp_reason(device_type: str) -> str | None:
 def _cuda_reason(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"the CUDA kernels compute CUDA tensors, not {device_type}"
-    return _native.cuda_reason() or device.cuda_reason()
+    reason = _native.cuda_reason() or device.cuda_reason()
+    return reason or _native.cuda_target_reason(device.cuda_capability(0))
 
 
 def _triton_reason(device_type: str) -> str | None:

@@ -71,7 +71,7 @@ def test_attention_in_fp32(launch: ModuleType) -> None:
     checks.attention(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-60, -0.2, 3.0], ids=str)
 def test_attention_takes_any_scale(launch: ModuleType, scale: float) -> None:
     checks.attention(launch, place, [5, 40], 1, 32, FP16, scale=scale)
 
@@ -201,6 +201,18 @@ def test_embed_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
     checks.embed_layer_norm(launch, _misaligned, 40, 96, BF16, BF16, p=0.3)
 
 
+def test_a_workspace_off_16_byte_boundaries(
+    launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floats = launch._floats
+    monkeypatch.setattr(launch, "_floats", lambda like, count: _misaligned(floats(like, count)))
+    checks.embed_layer_norm(launch, place, 70, 96, BF16, BF16)
+    checks.embed_layer_norm(launch, place, 70, 1160, BF16, BF16)
+    checks.add_layer_norm(launch, place, 70, 96, BF16, BF16, p=0.3)
+    checks.add_layer_norm(launch, place, 70, 1160, BF16, BF16)
+    checks.bias_gelu(launch, place, 70, 96, BF16, BF16, False)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("eager", [False, True])
 def test_embed_layer_norm_does_not_depend_on_timing(
@@ -311,6 +323,12 @@ def test_keys_that_do_not_fit_are_refused(
         native.embedding_keys(0, 0, 0, 0, 1, *entries, key_bytes, 0)
     with pytest.raises(RuntimeError, match=f"embedding_gradients: .*{text}"):
         native.embedding_gradients(*[0] * 7, 3, 1, 8, *entries, key_bytes, 1, 0)
+
+
+def test_rows_too_wide_for_a_grid_are_refused(native: emulator.EmulatedCuda) -> None:
+    cols = 65535 * 32 + 1  # one column more than the blocks of one launch sum
+    with pytest.raises(RuntimeError, match="embedding_gradients: too large: needs 65536 thread"):
+        native.embedding_gradients(*[0] * 7, 3, 1, cols, 9, 9, 9, 2, 1, 0)
 
 
 def test_a_table_without_rows_is_refused(launch: ModuleType) -> None:

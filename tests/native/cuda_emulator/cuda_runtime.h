@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 
 #define __global__
 #define __device__
@@ -60,6 +61,13 @@ int lane_index();
 unsigned char* shared_memory();
 size_t shared_memory_size();
 
+/// A GPU ends a kernel that accesses a vector off its alignment, a CPU does not care.
+inline void check_alignment(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+    throw std::runtime_error("misaligned address");
+  }
+}
+
 /// cp.async of the running thread.
 void copy_async(uint32_t shared, const void* global, bool valid);
 void copy_async_commit();
@@ -96,6 +104,7 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
 }
 template <typename T>
 T __ldg(const T* from) {
+  emulator::check_alignment(from, alignof(T));
   return *from;
 }
 
