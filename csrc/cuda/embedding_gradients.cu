@@ -13,9 +13,10 @@ namespace fastbert::cuda {
 namespace {
 
 constexpr int kChunk = 64;
-constexpr int kChunkWarps = 4;        // of a block, one chunk each
-constexpr int kChunkBlocksPerSM = 5;  // bounds registers to 96: ptxas would take 40 and spill
-constexpr int kInFlight = 8;          // rows loaded before the first is added
+constexpr int kChunkWarps = 4;  // of a block, one chunk each
+constexpr int kInFlight = 8;    // rows loaded before the first is added
+// A bound on registers, 96: left to itself ptxas takes 40 for one column a lane, and spills.
+constexpr int kChunkBlocksPerSM = 5;
 constexpr int kKeyThreads = 256;
 constexpr int kNoKey = -1;  // before the first place and after the last
 constexpr int kTables = 3;
@@ -59,17 +60,15 @@ struct TableGradients {
                        : static_cast<const int32_t*>(keys)[place];
   }
 
-  /// The row of its table's gradient that a key names; null for an id outside its table. Selected
-  /// without indexing: an index known only at run time would put the arrays in local memory.
+  /// The row of its table's gradient that a key names; null for an id outside its table. Without
+  /// a loop: an index known only at run time would put the arrays in local memory.
   template <typename T>
   __device__ __forceinline__ T* row(int64_t key) const {
     const int64_t position = key - entries[0], token_type = position - entries[1];
-    if (token_type >= entries[2]) return nullptr;
-    void* grad = position < 0 ? grads[0] : token_type < 0 ? grads[1] : grads[2];
-    return static_cast<T*>(grad) + (position < 0     ? key
-                                    : token_type < 0 ? position
-                                                     : token_type) *
-                                       cols;
+    if (position < 0) return static_cast<T*>(grads[0]) + key * cols;
+    if (token_type < 0) return static_cast<T*>(grads[1]) + position * cols;
+    if (token_type < entries[2]) return static_cast<T*>(grads[2]) + token_type * cols;
+    return nullptr;
   }
 
   /// A chunk's share of the run that it is the middle or the end of.
