@@ -51,20 +51,22 @@ def cases(where: str, tokens: int) -> Iterator[Case]:
         yield Case("optimizer", f"base-{kind}", _optimizer(kind))
 
 
-def _pointwise(
+def _beside_cuda(
     ours: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     inputs: list[Tensor],
-    traffic: tuple[int, int],
+    traffic: tuple[float, float],
     half: str,
     peers: dict[str, Callable[..., Tensor]] | None = None,
     checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
+    dy: Tensor | None = None,
 ) -> Problem:
     """An op that has CUDA C++ kernels too, which are timed beside what the table takes.
 
-    traffic: activations moved in forward and in backward, in elements of the first input.
-    checked: what parity is shown of, where ours and plain draw dropout of their own."""
-    dy = torch.randn_like(inputs[0])
+    traffic: activations moved in forward and in backward, in elements of dy.
+    checked: what parity is shown of, where ours and plain draw dropout of their own.
+    dy: where it is not shaped as the first input."""
+    dy = torch.randn_like(inputs[0]) if dy is None else dy
     functions = {"torch eager": plain, "torch.compile": compiled(plain), **(peers or {})}
     moved = {"fwd": traffic[0], "bwd": traffic[1], "fwd-bwd": sum(traffic)}[half]
 
@@ -78,7 +80,7 @@ def _pointwise(
     return Problem(
         half_of(half, ours, inputs, dy),
         {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
-        moved * inputs[0].numel() * inputs[0].element_size(),
+        round(moved * dy.numel()) * dy.element_size(),
         0,
         check,
         others,
@@ -90,7 +92,7 @@ def _pointwise(
 def _bias_gelu(tokens: int, half: str, inner: int) -> Make:
     def make(where: str, dtype: torch.dtype) -> Problem:
         x, bias = (leaf(*s, where=where, dtype=dtype) for s in ((tokens, inner), (inner,)))
-        return _pointwise(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], (2, 3), half)
+        return _beside_cuda(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], (2, 3), half)
 
     return make
 
@@ -116,7 +118,7 @@ def _add_layer_norm(tokens: int, half: str, dropout: float, width: int) -> Make:
         # In forward x and the residual read, y and (with a backward to come) z written; in backward
         # dy and z read, dz written, and with dropout dx beside it.
         forward = 3 if half == "fwd" else 4
-        return _pointwise(
+        return _beside_cuda(
             dropped if dropout else ours, plain if dropout else exact, inputs,
             (forward, 4 if dropout else 3), half, _layer_norms(where, dtype, dropout),
             (ours, exact),
@@ -165,17 +167,8 @@ def _embed(tokens: int, half: str) -> Make:
             e = F.embedding(ids, word) + F.embedding(places, position) + F.embedding(types, kind)
             return F.layer_norm(e, (HIDDEN,), w, b, 1e-12)
 
-        forward, backward = 2 * tokens * HIDDEN, 2 * tokens * HIDDEN + VOCABULARY * HIDDEN
-        moved = {"fwd": forward, "bwd": backward, "fwd-bwd": forward + backward}[half]
-        functions = {"torch eager": plain, "torch.compile": compiled(plain)}
-        return Problem(
-            half_of(half, ours, tables, dy),
-            {name: half_of(half, function, tables, dy) for name, function in functions.items()},
-            moved * dy.element_size(),
-            0,
-            lambda: check_against(ours, plain, tables, dy),
-            half=half,
-        )
+        # Forward reads a word's row and writes y; backward reads that row and dy, writes dword.
+        return _beside_cuda(ours, plain, tables, (2, 2 + VOCABULARY / tokens), half, dy=dy)
 
     return make
 

@@ -73,6 +73,30 @@ def cuda_reason() -> str | None:
     return _reason(_load("_cuda"))
 
 
+def cuda_target_reason(capability: tuple[int, int]) -> str | None:
+    """None when ``fastbert._cuda`` was built for GPUs of ``capability``, else why not, in words."""
+    targets = build_info().get("cuda_targets", [])
+    if not targets or any(_serves(target, capability) for target in targets):
+        return None
+    here = "sm_{}{}".format(*capability)
+    return f"fastbert._cuda is built for {', '.join(targets)}, and this GPU is {here}"
+
+
+def _serves(target: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``target`` runs on GPUs of ``capability``.
+
+    Machine code for sm_XY runs on X.Y and later X.*, the driver compiles compute_XY for X.Y and all
+    that came after; with an "a" either serves X.Y alone, with an "f" its family X.*.
+    """
+    kind, _, number = target.partition("_")
+    digits = number.rstrip("af")
+    built_for = int(digits[:-1]), int(digits[-1])
+    if number.endswith("a"):
+        return built_for == capability
+    anywhere = kind == "compute" and not number.endswith("f")
+    return built_for <= capability and (anywhere or built_for[0] == capability[0])
+
+
 def _reason(loaded: ModuleType | str) -> str | None:
     return loaded if isinstance(loaded, str) else None
 

@@ -64,4 +64,30 @@ PYBIND11_MODULE(_cuda, module) {
              arg("dtype"), arg("vector_dtype"), arg("stream"));
   module.def("add_layer_norm_bwd_workspace", cuda::add_layer_norm_bwd_workspace, arg("rows"),
              arg("cols"));
+  module.def("embed_layer_norm_fwd", by_address(cuda::embed_layer_norm_fwd), release,
+             arg("input_ids"), arg("position_ids"), arg("token_type_ids"), arg("word"),
+             arg("position"), arg("token_type"), arg("weight"), arg("bias"), arg("y"), arg("mean"),
+             arg("rstd"), arg("tokens"), arg("cols"), arg("num_words"), arg("num_positions"),
+             arg("num_token_types"), arg("eps"), arg("dropout_p"), arg("dropout_seed"),
+             arg("dropout_offset"), arg("dtype"), arg("vector_dtype"), arg("stream"));
+  module.def("embed_layer_norm_bwd", by_address(cuda::embed_layer_norm_bwd), release, arg("dy"),
+             arg("input_ids"), arg("position_ids"), arg("token_type_ids"), arg("word"),
+             arg("position"), arg("token_type"), arg("weight"), arg("mean"), arg("rstd"), arg("de"),
+             arg("dweight"), arg("dbias"), arg("workspace"), arg("tokens"), arg("cols"),
+             arg("num_words"), arg("num_positions"), arg("num_token_types"), arg("dropout_p"),
+             arg("dropout_seed"), arg("dropout_offset"), arg("dtype"), arg("vector_dtype"),
+             arg("stream"));
+  module.def("embed_layer_norm_bwd_workspace", cuda::embed_layer_norm_bwd_workspace, arg("tokens"),
+             arg("cols"));
+  module.def("embedding_keys", by_address(cuda::embedding_keys), release, arg("input_ids"),
+             arg("position_ids"), arg("token_type_ids"), arg("keys"), arg("tokens"),
+             arg("num_words"), arg("num_positions"), arg("num_token_types"), arg("key_bytes"),
+             arg("stream"));
+  module.def("embedding_gradients", by_address(cuda::embedding_gradients), release, arg("de"),
+             arg("keys"), arg("order"), arg("dword"), arg("dposition"), arg("dtoken_type"),
+             arg("workspace"), arg("places"), arg("tokens"), arg("cols"), arg("num_words"),
+             arg("num_positions"), arg("num_token_types"), arg("key_bytes"), arg("dtype"),
+             arg("stream"));
+  module.def("embedding_gradients_workspace", cuda::embedding_gradients_workspace, arg("places"),
+             arg("cols"));
 }

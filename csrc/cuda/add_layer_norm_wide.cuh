@@ -3,13 +3,10 @@
 // kWidth is the number of elements in 16 bytes, or 1.
 #pragma once
 
+#include "layer_norm.cuh"
 #include "philox.cuh"
-#include "reduce.cuh"
-#include "vector.cuh"
 
 namespace fastbert::cuda {
-
-constexpr int kRowWarps = 4;  // warps of a block, one row each
 
 /// As in add_layer_norm_fwd() of ops.h.
 struct LayerNormForward {
@@ -60,26 +57,6 @@ __device__ __forceinline__ void add_residual(const LayerNormForward& p, const Ph
   for (int i = 0; i < kWidth; ++i) values[i] = rounded<T>(values[i] + residual[i]);
 }
 
-/// values, z's columns col …, become (z − mean) · rstd · weight + bias.
-template <typename T, int kWidth>
-__device__ __forceinline__ void normalize(const LayerNormForward& p, int64_t col, float mean,
-                                          float rstd, float (&values)[kWidth]) {
-  float weight[kWidth], bias[kWidth];
-  p.weight.load<T, kWidth>(col, weight);
-  p.bias.load<T, kWidth>(col, bias);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) values[i] = (values[i] - mean) * rstd * weight[i] + bias[i];
-}
-
-/// By the first lane of the row's warp, where the caller keeps them.
-__device__ __forceinline__ void save_statistics(const LayerNormForward& p, int64_t row, float mean,
-                                                float rstd) {
-  if (p.mean != nullptr && threadIdx.x == 0) {
-    p.mean[row] = mean;
-    p.rstd[row] = rstd;
-  }
-}
-
 /// z is kept in y's place between the passes: both are T, and each lane reads only what it wrote.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kWarpSize* kRowWarps)
@@ -114,13 +91,14 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps)
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) squares += (z[i] - mean) * (z[i] - mean);
   }
-  const float rstd = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(p.cols) + p.eps);
-  save_statistics(p, row, mean, rstd);
+  const float variance = warp_sum(squares) / static_cast<float>(p.cols);
+  const RowStatistics statistics{mean, 1.0f / sqrtf(variance + p.eps)};
+  statistics.save(p.mean, p.rstd, row);
 
   for (int64_t col = first; col < p.cols; col += kStep) {
     float z[kWidth];
     load<T, kWidth>(y + col, z);
-    normalize<T, kWidth>(p, col, mean, rstd, z);
+    normalize<T, kWidth>(p.weight, p.bias, col, statistics, z);
     store<T, kWidth>(y + col, z);
   }
 }
@@ -129,15 +107,12 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps)
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kWarpSize* kRowWarps)
     add_layer_norm_wide_bwd_kernel(const LayerNormBackward p) {
-  constexpr int kStep = kWarpSize * kWidth;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y;
   if (row >= p.rows) return;  // a whole warp
   const int64_t offset = row * p.cols;
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
   const float mean = p.mean[row], rstd = p.rstd[row];
   const Philox philox(p.dropout);
 
-  // g = dy · weight and n = (z − mean) · rstd.
   const auto load_g_n = [&](int64_t col, float (&g)[kWidth], float (&n)[kWidth]) {
     float weight[kWidth];
     load<T, kWidth>(static_cast<const T*>(p.dy) + offset + col, g);
@@ -149,32 +124,14 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps)
       n[i] = (n[i] - mean) * rstd;
     }
   };
-
-  float sum_g = 0.0f, sum_gn = 0.0f;
-  for (int64_t col = first; col < p.cols; col += kStep) {
-    float g[kWidth], n[kWidth];
-    load_g_n(col, g, n);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      sum_g += g[i];
-      sum_gn += g[i] * n[i];
-    }
-  }
-  const float mean_g = warp_sum(sum_g) / static_cast<float>(p.cols);
-  const float mean_gn = warp_sum(sum_gn) / static_cast<float>(p.cols);
-
-  for (int64_t col = first; col < p.cols; col += kStep) {
-    float g[kWidth], n[kWidth];
-    load_g_n(col, g, n);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) g[i] = rstd * (g[i] - mean_g - n[i] * mean_gn);
-    store<T, kWidth>(static_cast<T*>(p.dz) + offset + col, g);
+  wide_row_gradient<kWidth>(p.cols, rstd, load_g_n, [&](int64_t col, float (&dz)[kWidth]) {
+    store<T, kWidth>(static_cast<T*>(p.dz) + offset + col, dz);
     if (p.dropout.active) {
       drop_hidden<kWidth>(philox, p.dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(col),
-                          g);
-      store<T, kWidth>(static_cast<T*>(p.dx) + offset + col, g);
+                          dz);
+      store<T, kWidth>(static_cast<T*>(p.dx) + offset + col, dz);
     }
-  }
+  });
 }
 
 /// Partial sums of dweight, dbias and dx_bias: a lane owns kWidth columns and walks down the rows

@@ -80,7 +80,7 @@ void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float*
     using T = typename decltype(type)::type;
     if constexpr (!std::is_same_v<T, float>) {
       // The tile kernel takes the row maximum before scaling, which needs a positive scale.
-      const bool usable = aligned16(qkv, out) && softmax_scale > 0.0;
+      const bool usable = aligned16(qkv, out) && p.softmax_scale > 0.0f;
       if (usable && try_launch_mma<T>(p, batch, max_seqlen, stream)) return;
     }
     launch_any<T>(p, batch, max_seqlen, stream);

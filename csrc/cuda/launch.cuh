@@ -31,11 +31,14 @@ inline void check(cudaError_t status, const char* op) {
   throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
 }
 
-/// `blocks` as the x extent of a grid.
-inline unsigned grid_extent(int64_t blocks, const char* op) {
-  if (blocks > INT32_MAX) {
+// The largest extents of a grid.
+constexpr int64_t kMostBlocksX = INT32_MAX, kMostBlocksY = 65535;
+
+/// `blocks` as the x extent of a grid, or with `most` as another.
+inline unsigned grid_extent(int64_t blocks, const char* op, int64_t most = kMostBlocksX) {
+  if (blocks > most) {
     throw std::invalid_argument(std::string(op) + ": too large: needs " + std::to_string(blocks) +
-                                " thread blocks, one launch has at most 2147483647");
+                                " thread blocks, one launch has at most " + std::to_string(most));
   }
   return static_cast<unsigned>(blocks);
 }

@@ -60,4 +60,47 @@ void add_layer_norm_bwd(const void* dy, const void* z, const void* weight, const
                         int dtype, int vector_dtype, cudaStream_t stream);
 int64_t add_layer_norm_bwd_workspace(int64_t rows, int64_t cols);
 
+/// y = dropout((e − mean) · rstd · weight + bias) with e = word[input_ids] + position[position_ids]
+/// + token_type[token_type_ids] (Devlin et al. 2018, figure 2), summed in fp32 and not rounded.
+///
+/// ids (tokens); tables (num_words | num_positions | num_token_types, cols) and y (tokens, cols) of
+/// `dtype`; token_type and its ids are both null or both given. mean, rstd (tokens). An id outside
+/// its table reads the nearest row.
+void embed_layer_norm_fwd(const int64_t* input_ids, const int64_t* position_ids,
+                          const int64_t* token_type_ids, const void* word, const void* position,
+                          const void* token_type, const void* weight, const void* bias, void* y,
+                          float* mean, float* rstd, int64_t tokens, int64_t cols, int64_t num_words,
+                          int64_t num_positions, int64_t num_token_types, double eps,
+                          double dropout_p, const int64_t* dropout_seed, int64_t dropout_offset,
+                          int dtype, int vector_dtype, cudaStream_t stream);
+
+/// de (tokens, cols) of `dtype`, the gradient of e, which is added up anew; dweight, dbias (cols).
+/// `workspace` holds embed_layer_norm_bwd_workspace() floats.
+void embed_layer_norm_bwd(const void* dy, const int64_t* input_ids, const int64_t* position_ids,
+                          const int64_t* token_type_ids, const void* word, const void* position,
+                          const void* token_type, const void* weight, const float* mean,
+                          const float* rstd, void* de, void* dweight, void* dbias, float* workspace,
+                          int64_t tokens, int64_t cols, int64_t num_words, int64_t num_positions,
+                          int64_t num_token_types, double dropout_p, const int64_t* dropout_seed,
+                          int64_t dropout_offset, int dtype, int vector_dtype, cudaStream_t stream);
+int64_t embed_layer_norm_bwd_workspace(int64_t tokens, int64_t cols);
+
+/// keys (2 or 3 tables, tokens) of `key_bytes`, 2 or 4: the row of each id were the tables laid end
+/// to end; for one outside its table their number of rows, which must fit too.
+void embedding_keys(const int64_t* input_ids, const int64_t* position_ids,
+                    const int64_t* token_type_ids, void* keys, int64_t tokens, int64_t num_words,
+                    int64_t num_positions, int64_t num_token_types, int key_bytes,
+                    cudaStream_t stream);
+
+/// Adds up de (tokens, cols) by the keys of embedding_keys(), which the caller has sorted: `keys`
+/// (places) ascending and `order` (places), the index that each had before, equal ones in order.
+///
+/// dword, dposition, dtoken_type of `dtype`, each (its table's rows, cols) and all 0 on entry: rows
+/// without a token are not written. `workspace` holds embedding_gradients_workspace() floats.
+void embedding_gradients(const void* de, const void* keys, const int64_t* order, void* dword,
+                         void* dposition, void* dtoken_type, float* workspace, int64_t places,
+                         int64_t tokens, int64_t cols, int64_t num_words, int64_t num_positions,
+                         int64_t num_token_types, int key_bytes, int dtype, cudaStream_t stream);
+int64_t embedding_gradients_workspace(int64_t places, int64_t cols);
+
 }  // namespace fastbert::cuda

@@ -37,11 +37,12 @@ constexpr int kColumnWarps = 8;
 template <int kWidth>
 constexpr size_t kColumnSharedBytes = sizeof(float) * kWidth * kColumnWarps * kWarpSize;
 
-/// Adds `sums` of the block's warps and writes them to `partial`, the group's row, at columns
-/// `col` … `col + kWidth − 1` of this lane (not those past `cols`). Called by the whole block.
-template <int kWidth>
-__device__ __forceinline__ void sum_column_warps(const float (&sums)[kWidth], float* partial,
-                                                 int64_t col, int64_t cols) {
+/// Adds `sums` of the block's warps and writes them to `row`, for partial sums the group's, at
+/// columns `col` … `col + kWidth − 1` of this lane (not those past `cols`). Called by the whole
+/// block.
+template <int kWidth, typename T>
+__device__ __forceinline__ void sum_column_warps(const float (&sums)[kWidth], T* row, int64_t col,
+                                                 int64_t cols) {
   float* shared = reinterpret_cast<float*>(dynamic_shared_memory());
   const int lane = threadIdx.x, warp = threadIdx.y;
   __syncthreads();  // the previous call's readers are done
@@ -57,7 +58,7 @@ __device__ __forceinline__ void sum_column_warps(const float (&sums)[kWidth], fl
   for (int other = 0; other < kColumnWarps; ++other) {
     total += shared[(warp * kColumnWarps + other) * kWarpSize + lane];
   }
-  partial[col + warp] = total;
+  row[col + warp] = from_float<T>(total);
 }
 
 /// Up to three vectors summed by one launch.

@@ -118,6 +118,83 @@ def add_layer_norm_bwd(
     return dz, dz if dx is None else dx, dweight, dbias, dx_bias
 
 
+def embed_layer_norm_fwd(
+    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor | None, weight: Tensor, bias: Tensor,
+    eps: float, dropout_p: float, dropout_seed: Tensor | None, dropout_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (T, H), mean and rstd (T). An id outside its table reads the nearest row."""
+    vectors = list(_vectors(weight, bias))
+    tokens, cols = input_ids.shape[0], word.shape[1]
+    y = word.new_empty(tokens, cols)
+    mean, rstd = _floats(word, tokens), _floats(word, tokens)
+    inputs = (input_ids, position_ids, token_type_ids, word, position, token_type, *vectors)
+    with _on_device_of(word):
+        _native.cuda().embed_layer_norm_fwd(
+            *map(_address, (*inputs, y, mean, rstd)), tokens, cols,
+            *_entries(word, position, token_type), eps,
+            dropout_p, _address(dropout_seed), dropout_offset,
+            *_dtype_codes(word, vectors[0]), _stream(word),
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def embed_layer_norm_bwd(
+    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor | None, weight: Tensor,
+    mean: Tensor, rstd: Tensor,
+    dropout_p: float, dropout_seed: Tensor | None, dropout_offset: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """dword (V, H), dposition (P, H), dtoken_type (K, H) or None; dweight, dbias (H).
+
+    The gradient of each token's summed embeddings is rounded to dy's dtype once; an id outside its
+    table adds nothing to it.
+    """
+    native = _native.cuda()
+    weight = weight.contiguous()
+    tokens, cols = dy.shape
+    de = torch.empty_like(dy)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    workspace = _floats(dy, native.embed_layer_norm_bwd_workspace(tokens, cols))
+    ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
+    entries = _entries(*tables)
+    with _on_device_of(dy):
+        native.embed_layer_norm_bwd(
+            *map(_address, (dy, *ids, *tables, weight, mean, rstd, de, dweight, dbias, workspace)),
+            tokens, cols, *entries, dropout_p, _address(dropout_seed), dropout_offset,
+            *_dtype_codes(dy, weight), _stream(dy),
+        )  # fmt: skip
+        grads = _embedding_gradients(de, ids, tables, entries)
+    return *grads, dweight, dbias
+
+
+def _embedding_gradients(
+    de: Tensor,
+    ids: tuple[Tensor, Tensor, Tensor | None],
+    tables: tuple[Tensor, Tensor, Tensor | None],
+    entries: tuple[int, int, int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row i of a table's gradient is the sum of the rows of ``de`` (T, H) whose id is i."""
+    native = _native.cuda()
+    tokens, cols = de.shape
+    places = tokens * (2 if ids[2] is None else 3)
+    # A radix sort takes a pass a byte: sort the narrowest integers that hold every key.
+    dtype = torch.int16 if sum(entries) <= torch.iinfo(torch.int16).max else torch.int32
+    keys = de.new_empty(places, dtype=dtype)
+    native.embedding_keys(
+        *map(_address, (*ids, keys)), tokens, *entries, keys.element_size(), _stream(de)
+    )
+    keys, order = keys.sort(stable=True)
+    dword, dposition = torch.zeros_like(tables[0]), torch.zeros_like(tables[1])
+    dtoken_type = None if tables[2] is None else torch.zeros_like(tables[2])
+    workspace = _floats(de, native.embedding_gradients_workspace(places, cols))
+    native.embedding_gradients(
+        *map(_address, (de, keys, order, dword, dposition, dtoken_type, workspace)),
+        places, tokens, cols, *entries, keys.element_size(), _DTYPE_CODES[de.dtype], _stream(de),
+    )  # fmt: skip
+    return dword, dposition, dtoken_type
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -129,6 +206,11 @@ def _floats(like: Tensor, count: int) -> Tensor:
 def _dtype_codes(x: Tensor, vector: Tensor | None) -> tuple[int, int]:
     """Codes of the activations and of the vectors (bias, weight); without a vector, any will do."""
     return _DTYPE_CODES[x.dtype], _DTYPE_CODES[x.dtype if vector is None else vector.dtype]
+
+
+def _entries(word: Tensor, position: Tensor, token_type: Tensor | None) -> tuple[int, int, int]:
+    """The tables' numbers of rows, 0 for none."""
+    return word.shape[0], position.shape[0], 0 if token_type is None else token_type.shape[0]
 
 
 def _vectors(*vectors: Tensor | None) -> Iterator[Tensor | None]:

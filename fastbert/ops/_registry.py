@@ -55,7 +55,8 @@ def _cpp_reason(device_type: str) -> str | None:
 def _cuda_reason(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"the CUDA kernels compute CUDA tensors, not {device_type}"
-    return _native.cuda_reason() or device.cuda_reason()
+    reason = _native.cuda_reason() or device.cuda_reason()
+    return reason or _native.cuda_target_reason(device.cuda_capability(0))
 
 
 def _triton_reason(device_type: str) -> str | None:
@@ -152,7 +153,7 @@ OPS: dict[str, Op] = {
         # Before sm_80 Triton's products run without matrix units: BLAS has no rival there.
         _op("feed_forward", native="feed_forward", cpp=False, since=(8, 0)),
         _op("add_layer_norm", native="add_layer_norm", cuda=True, triton=16384),
-        _op("embed_layer_norm", native="embed_layer_norm", triton=16384),
+        _op("embed_layer_norm", native="embed_layer_norm", cuda=True, triton=16384),
         _op("cross_entropy_rows", native="cross_entropy", bwd=False),
         _op("gather_rows", native="rows", bwd=False),
         _op("scatter_rows", native="rows", bwd=False),

@@ -71,7 +71,7 @@ def test_attention_in_fp32(launch: ModuleType) -> None:
     checks.attention(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-60, -0.2, 3.0], ids=str)
 def test_attention_takes_any_scale(launch: ModuleType, scale: float) -> None:
     checks.attention(launch, place, [5, 40], 1, 32, FP16, scale=scale)
 
@@ -163,6 +163,70 @@ def test_add_layer_norm_promotes_mixed_vectors(launch: ModuleType) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alike, mixed, strict=True))
 
 
+@DROPOUT
+@DTYPES
+@pytest.mark.parametrize("cols", [13, 64, 96, 384, 768, 1000, 1024, 2048])
+def test_embed_layer_norm(launch: ModuleType, cols: int, dtype: torch.dtype, p: float) -> None:
+    checks.embed_layer_norm(launch, place, 30, cols, dtype, dtype, p=p)
+
+
+@pytest.mark.parametrize("ids", ["random", "same", "outside"])
+@pytest.mark.parametrize("rows", [0, 1, 65, 1027])
+@pytest.mark.parametrize("cols", [13, 64])
+def test_embed_layer_norm_over_rows(launch: ModuleType, rows: int, cols: int, ids: str) -> None:
+    checks.embed_layer_norm(launch, place, rows, cols, FP32, FP32, p=0.3, ids=ids)
+
+
+def test_embed_layer_norm_of_a_run_over_many_chunks(launch: ModuleType) -> None:
+    rows = 4200  # 65 chunks of 64 places and a part of one; a block joins 64 at a time
+    checks.embed_layer_norm(launch, place, rows, 16, FP32, FP32, ids="same")
+
+
+@pytest.mark.parametrize("cols", [13, 96, 1160])
+@pytest.mark.parametrize("entries", [(50, 7, 0), (1, 1, 1)], ids=["no token types", "one row"])
+def test_embed_layer_norm_of_other_tables(
+    launch: ModuleType, entries: tuple[int, int, int], cols: int
+) -> None:
+    for ids in ("random", "outside"):
+        checks.embed_layer_norm(launch, place, 70, cols, BF16, FP32, entries=entries, ids=ids)
+
+
+@pytest.mark.parametrize("token_types", [1, 2], ids=["int16", "int32"])
+def test_embed_layer_norm_at_the_limit_of_keys(launch: ModuleType, token_types: int) -> None:
+    entries = (32_700, 66, token_types)
+    checks.embed_layer_norm(launch, place, 70, 16, FP16, FP16, entries=entries, ids="outside")
+
+
+def test_embed_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
+    checks.embed_layer_norm(launch, _misaligned, 40, 96, BF16, BF16, p=0.3)
+
+
+def test_a_workspace_off_16_byte_boundaries(
+    launch: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floats = launch._floats
+    monkeypatch.setattr(launch, "_floats", lambda like, count: _misaligned(floats(like, count)))
+    checks.embed_layer_norm(launch, place, 70, 96, BF16, BF16)
+    checks.embed_layer_norm(launch, place, 70, 1160, BF16, BF16)
+    checks.add_layer_norm(launch, place, 70, 96, BF16, BF16, p=0.3)
+    checks.add_layer_norm(launch, place, 70, 1160, BF16, BF16)
+    checks.bias_gelu(launch, place, 70, 96, BF16, BF16, False)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_embed_layer_norm_does_not_depend_on_timing(
+    launch: ModuleType, native: emulator.EmulatedCuda, reverse: bool, eager: bool
+) -> None:
+    def run() -> tuple[torch.Tensor, ...]:
+        return checks.embed_layer_norm(launch, place, 300, 40, BF16, BF16, p=0.3)
+
+    usual = run()
+    native.configure(reverse_threads=reverse, eager_copies=eager)
+    for got, want in zip(run(), usual, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_sums_over_many_groups_of_rows(launch: ModuleType) -> None:
     rows = 1100  # 35 groups; a block adds 16 at a time
     checks.bias_gelu(launch, place, rows, 16, FP16, FP32, True)
@@ -182,6 +246,12 @@ def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> Non
     seed = place(torch.tensor([checks.SEED]))
     gelu_space = place(torch.empty(native.bias_gelu_bwd_workspace(rows, cols)))
     norm_space = place(torch.empty(native.add_layer_norm_bwd_workspace(rows, cols)))
+    ids, table = place(torch.randint(9, (rows,))), place(torch.randn(9, cols).bfloat16())
+    tables = (ids, ids, ids, table, table, table, vector)
+    embed_space = place(torch.empty(native.embed_layer_norm_bwd_workspace(rows, cols)))
+    keys = place(torch.zeros(3 * rows).short())
+    dtables = [place(torch.zeros(9, cols).bfloat16()) for _ in range(3)]
+    table_space = place(torch.empty(native.embedding_gradients_workspace(3 * rows, cols)))
 
     def at(*tensors: torch.Tensor | None) -> list[int]:
         return [0 if t is None else t.data_ptr() for t in tensors]
@@ -203,6 +273,20 @@ def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> Non
         *at(dy, z, vector, mean, rstd, out, dx, *grads, norm_space), rows, cols, 0.1, *at(seed), 0,
         bf16, fp32, stream,
     )  # fmt: skip
+    native.embed_layer_norm_fwd(
+        *at(*tables, vector, out, mean, rstd), rows, cols, 9, 9, 9, 1e-5, 0.1, *at(seed), 0,
+        bf16, fp32, stream,
+    )  # fmt: skip
+    native.embed_layer_norm_bwd(
+        *at(dy, *tables, mean, rstd, dx, *grads[:2], embed_space), rows, cols, 9, 9, 9,
+        0.1, *at(seed), 0, bf16, fp32, stream,
+    )  # fmt: skip
+    native.embedding_keys(*at(ids, ids, ids, keys), rows, 9, 9, 9, 2, stream)
+    sorted_keys, order = map(place, keys.sort(stable=True))
+    native.embedding_gradients(
+        *at(dx, sorted_keys, order, *dtables, table_space), 3 * rows, rows, cols,
+        9, 9, 9, 2, bf16, stream,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,6 +306,38 @@ def test_bad_arguments_are_named(
              "dropout_offset": 0, "dtype": 1, "vector_dtype": 0, "stream": 0, **change}  # fmt: skip
     with pytest.raises(RuntimeError, match=f"add_layer_norm_fwd: .*{text}"):
         native.add_layer_norm_fwd(*[0] * 9, *given.values())
+
+
+@pytest.mark.parametrize(
+    ("entries", "key_bytes", "text"),
+    [
+        ((9, 9, 9), 8, "key_bytes is 8"),
+        ((32_760, 5, 3), 2, "32768 table rows do not fit keys of 2 bytes"),
+        ((2**31, 0, 0), 4, "too large"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(
+    native: emulator.EmulatedCuda, entries: tuple[int, int, int], key_bytes: int, text: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"embedding_keys: .*{text}"):
+        native.embedding_keys(0, 0, 0, 0, 1, *entries, key_bytes, 0)
+    with pytest.raises(RuntimeError, match=f"embedding_gradients: .*{text}"):
+        native.embedding_gradients(*[0] * 7, 3, 1, 8, *entries, key_bytes, 1, 0)
+
+
+def test_rows_too_wide_for_a_grid_are_refused(native: emulator.EmulatedCuda) -> None:
+    cols = 65535 * 32 + 1  # one column more than the blocks of one launch sum
+    with pytest.raises(RuntimeError, match="embedding_gradients: too large: needs 65536 thread"):
+        native.embedding_gradients(*[0] * 7, 3, 1, cols, 9, 9, 9, 2, 1, 0)
+
+
+def test_a_table_without_rows_is_refused(launch: ModuleType) -> None:
+    ids, table, none = torch.zeros(3, dtype=torch.int64), torch.ones(4, 8), torch.ones(0, 8)
+    for tables in ((none, table, table), (table, none, table), (table, table, none)):
+        with pytest.raises(RuntimeError, match="embed_layer_norm_fwd: a table without rows"):
+            launch.embed_layer_norm_fwd(
+                ids, ids, ids, *tables, table[0], table[0], 1e-5, 0.0, None, 0
+            )
 
 
 def _misaligned(x: torch.Tensor) -> torch.Tensor:

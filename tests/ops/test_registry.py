@@ -115,9 +115,9 @@ def test_choices_under_force() -> None:
 
 
 def test_refusals_say_why() -> None:
-    attention, embed = OPS["attention"], OPS["embed_layer_norm"]
+    attention, gather = OPS["attention"], OPS["gather_rows"]
     for reason, words in [
-        (_registry.refusal(embed, "cuda", "cuda", torch.float32, 64), "no cuda kernel"),
+        (_registry.refusal(gather, "cuda", "cuda", torch.float32, 64), "no cuda kernel"),
         (_registry.refusal(attention, "cpp", "cuda", torch.float32, 64), "CPU tensors, not cuda"),
         (_registry.refusal(attention, "cpp", "cpu", torch.float16, 64), "do not take float16"),
         (_registry.refusal(attention, "triton", "cuda", torch.float64, 64), "float64"),
@@ -127,6 +127,36 @@ def test_refusals_say_why() -> None:
     ]:
         assert reason is not None and words in reason
     assert _registry.refusal(attention, "reference", "cpu", torch.float16, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "serves", "refuses"),
+    [
+        (["sm_80", "sm_89", "compute_89"], [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], [(7, 5)]),
+        (["sm_90", "sm_100"], [(9, 0), (10, 0), (10, 3)], [(8, 0), (8, 9), (12, 0)]),
+        (["sm_90a", "compute_90a"], [(9, 0)], [(8, 0), (10, 0)]),
+        (["sm_100f", "compute_100f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value[0], str) else "",
+)
+def test_cuda_kernels_built_for_other_gpus_are_passed_over(
+    targets: list[str],
+    serves: list[tuple[int, int]],
+    refuses: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They would load, and fail at the first launch."""
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda_targets": targets})
+    monkeypatch.setattr(_native, "cuda_reason", lambda: None)
+    monkeypatch.setattr(device, "cuda_reason", lambda: None)
+    for capability in serves + refuses:
+        monkeypatch.setattr(device, "cuda_capability", lambda index, c=capability: c)
+        reason = BACKENDS["cuda"].reason("cuda")
+        if capability in serves:
+            assert reason is None
+        else:
+            assert f"built for {', '.join(targets)}" in str(reason)
+            assert "sm_{}{}".format(*capability) in str(reason)
 
 
 def test_use_backend_nests_and_restores() -> None:

@@ -168,3 +168,49 @@ def add_layer_norm(
         assert_close("dx_bias", dx_bias, want_dx.sum(0), max(floor, torch.finfo(dtype).eps))
     else:
         assert dx_bias is None
+
+
+def embed_layer_norm(
+    launch: ModuleType, place: Place, rows: int, cols: int, dtype: torch.dtype,
+    vector_dtype: torch.dtype, *, p: float = 0.0, entries: tuple[int, int, int] = (97, 33, 2),
+    ids: str = "random",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``entries``: rows of the tables word, position, token type; 0 of the last leaves it out.
+    ``ids``: random; same, all of them the last; outside, every third one beyond its table."""
+    generator = _generator()
+    sizes = [n for n in entries if n > 0]
+    tables = [_randn(generator, n, cols, dtype=dtype) for n in sizes]
+    chosen = [torch.randint(n, (rows,), generator=generator) for n in sizes]
+    for i, n in zip(chosen, sizes, strict=True):
+        if ids == "same":
+            i.fill_(n - 1)
+        elif ids == "outside":
+            i[::3] = torch.tensor([-1, n, -(2**40), 2**40]).repeat(rows)[: len(i[::3])]
+    dy = _randn(generator, rows, cols, dtype=dtype)
+    weight, bias = (_randn(generator, cols, dtype=vector_dtype) for _ in range(2))
+    none = (None,) * (3 - len(sizes))
+    placed = (*map(place, chosen), *none, *map(place, tables), *none, place(weight))
+    dropout = (p, _seed(p, place), OFFSET)
+    with poisoned():
+        y, mean, rstd = launch.embed_layer_norm_fwd(*placed, place(bias), EPS, *dropout)
+        grads = launch.embed_layer_norm_bwd(place(dy), *placed, mean, rstd, *dropout)
+
+    exact = [t.double().requires_grad_() for t in (*tables, weight, bias)]
+    mask = formulas.hidden_mask(p, SEED, OFFSET, rows, cols) if p > 0.0 else 1.0
+    want, want_mean, want_rstd = formulas.embed_layer_norm(
+        (*chosen, *none), (*exact[:-2], *none), *exact[-2:], EPS, mask
+    )
+    assert y.dtype == dtype and mean.dtype == rstd.dtype == torch.float32
+    assert_close("y", y, want.detach())
+    assert_close("mean", mean, want_mean.detach())
+    assert_close("rstd", rstd, want_rstd.detach())
+    wants = torch.autograd.grad(want, exact, dy.double())
+    names = ["dword", "dposition", *["dtoken_type"] * len(sizes[2:]), "dweight", "dbias"]
+    found = [g for g in grads if g is not None]
+    assert len(grads) == 5 and (grads[2] is None) == (not sizes[2:])
+    for name, got, like, exactly in zip(names, found, (*tables, weight, bias), wants, strict=True):
+        assert got.dtype == like.dtype
+        # Sums of gradients that were rounded to the activations' dtype.
+        floor = 4e-6 if name in ("dweight", "dbias") else max(4e-6, torch.finfo(dtype).eps)
+        assert_close(name, got, exactly, floor)
+    return (y, mean, rstd, *found)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 
 #define __global__
 #define __device__
@@ -60,6 +61,13 @@ int lane_index();
 unsigned char* shared_memory();
 size_t shared_memory_size();
 
+/// A GPU ends a kernel that accesses a vector off its alignment, a CPU does not care.
+inline void check_alignment(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+    throw std::runtime_error("misaligned address");
+  }
+}
+
 /// cp.async of the running thread.
 void copy_async(uint32_t shared, const void* global, bool valid);
 void copy_async_commit();
@@ -68,10 +76,9 @@ void copy_async_wait(int pending);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <typename T>
-T shuffle_xor(T value, int lane_mask) {
+T shuffle(T value, int from_lane) {
   T received;
-  std::memcpy(&received, meet_warp("shuffle", &value, sizeof(T)).of_lane(lane_index() ^ lane_mask),
-              sizeof(T));
+  std::memcpy(&received, meet_warp("shuffle", &value, sizeof(T)).of_lane(from_lane), sizeof(T));
   return received;
 }
 
@@ -88,11 +95,16 @@ To bits(From from) {
 inline void __syncthreads() { emulator::meet_block(); }
 inline void __syncwarp() { emulator::meet_warp("syncwarp", nullptr, 0); }
 template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::shuffle(value, lane % 32);
+}
+template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
-  return emulator::shuffle_xor(value, lane_mask);
+  return emulator::shuffle(value, emulator::lane_index() ^ lane_mask);
 }
 template <typename T>
 T __ldg(const T* from) {
+  emulator::check_alignment(from, alignof(T));
   return *from;
 }
 

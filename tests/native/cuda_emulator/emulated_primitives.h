@@ -14,7 +14,10 @@ inline uint32_t shared_address(const void* pointer) {
                                emulator::shared_memory());
 }
 
-inline void store_global16(void* global, uint4 value) { std::memcpy(global, &value, 16); }
+inline void store_global16(void* global, uint4 value) {
+  emulator::check_alignment(global, 16);
+  std::memcpy(global, &value, 16);
+}
 
 inline void cp_async16(uint32_t shared, const void* global, bool valid) {
   emulator::copy_async(shared, global, valid);

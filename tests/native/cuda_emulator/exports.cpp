@@ -32,7 +32,13 @@ auto* bias_gelu_fwd = &Export<fastbert::cuda::bias_gelu_fwd>::call;
 auto* bias_gelu_bwd = &Export<fastbert::cuda::bias_gelu_bwd>::call;
 auto* add_layer_norm_fwd = &Export<fastbert::cuda::add_layer_norm_fwd>::call;
 auto* add_layer_norm_bwd = &Export<fastbert::cuda::add_layer_norm_bwd>::call;
+auto* embed_layer_norm_fwd = &Export<fastbert::cuda::embed_layer_norm_fwd>::call;
+auto* embed_layer_norm_bwd = &Export<fastbert::cuda::embed_layer_norm_bwd>::call;
+auto* embedding_keys = &Export<fastbert::cuda::embedding_keys>::call;
+auto* embedding_gradients = &Export<fastbert::cuda::embedding_gradients>::call;
 // These cannot fail.
 auto* bias_gelu_bwd_workspace = &fastbert::cuda::bias_gelu_bwd_workspace;
 auto* add_layer_norm_bwd_workspace = &fastbert::cuda::add_layer_norm_bwd_workspace;
+auto* embed_layer_norm_bwd_workspace = &fastbert::cuda::embed_layer_norm_bwd_workspace;
+auto* embedding_gradients_workspace = &fastbert::cuda::embedding_gradients_workspace;
 }

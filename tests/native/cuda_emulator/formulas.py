@@ -108,3 +108,19 @@ def layer_norm_bwd(
     y = layer_norm(z, weight, bias, eps)[0]
     dz, dweight, dbias = torch.autograd.grad(y, (z, weight, bias), dy)
     return dz, dweight, dbias
+
+
+def embed_layer_norm(
+    ids: tuple[Tensor, Tensor, Tensor | None], tables: tuple[Tensor, Tensor, Tensor | None],
+    weight: Tensor, bias: Tensor, eps: float, mask: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean and 1/std of each token; ``mask`` multiplies y. Ids read the nearest row there is,
+    those outside their table give it no gradient."""
+    e: Tensor | float = 0.0
+    for i, table in zip(ids, tables, strict=True):
+        if i is not None and table is not None:
+            inside = ((i >= 0) & (i < len(table)))[:, None]
+            row = table[i.clamp(0, len(table) - 1)]
+            e = e + torch.where(inside, row, row.detach())
+    y, mean, rstd = layer_norm(torch.as_tensor(e), weight, bias, eps)
+    return y * mask, mean, rstd
