@@ -333,6 +333,16 @@ def attention_bwd(
     return "two_kernels" if tile is None or max_seqlen > tile.block_m else "short"
 
 
+def attention_dropout() -> str:
+    """Where attention's dropout comes from: "philox", drawn in the kernels, or "mask"."""
+    return "philox"
+
+
+def attention_dropout_mask() -> tuple[int, int]:
+    """(queries a tile, warps) of the packed mask: a thread draws four words, 16 bytes, of a row."""
+    return 64, 2
+
+
 # Sequences that a program ranks by length: a few thousand need as many programs as there are.
 LONGEST_FIRST_BLOCK = 64
 
