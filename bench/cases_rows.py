@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+import work
 from optimizers import optimizer_step
 from problem import (
     Case,
@@ -24,7 +25,7 @@ from problem import (
 from fastbert import ops
 
 Make = Callable[[str, torch.dtype], Problem]
-HIDDEN, INNER, VOCABULARY, LARGE = 768, 3072, 30522, 1024
+HIDDEN, INNER, VOCABULARY, LARGE = 768, 3072, work.VOCABULARY, 1024
 
 
 def cases(where: str, tokens: int) -> Iterator[Case]:
@@ -55,18 +56,17 @@ def _pointwise(
     ours: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     inputs: list[Tensor],
-    traffic: tuple[int, int],
+    moved: int,
     half: str,
     peers: dict[str, Callable[..., Tensor]] | None = None,
     checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
 ) -> Problem:
     """An op that has CUDA C++ kernels too, which are timed beside what the table takes.
 
-    traffic: activations moved in forward and in backward, in elements of the first input.
+    moved: bytes.
     checked: what parity is shown of, where ours and plain draw dropout of their own."""
     dy = torch.randn_like(inputs[0])
     functions = {"torch eager": plain, "torch.compile": compiled(plain), **(peers or {})}
-    moved = {"fwd": traffic[0], "bwd": traffic[1], "fwd-bwd": sum(traffic)}[half]
 
     def check() -> Parity:
         return check_against(*(checked or (ours, plain)), inputs, dy)
@@ -78,7 +78,7 @@ def _pointwise(
     return Problem(
         half_of(half, ours, inputs, dy),
         {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
-        moved * inputs[0].numel() * inputs[0].element_size(),
+        moved,
         0,
         check,
         others,
@@ -90,7 +90,8 @@ def _pointwise(
 def _bias_gelu(tokens: int, half: str, inner: int) -> Make:
     def make(where: str, dtype: torch.dtype) -> Problem:
         x, bias = (leaf(*s, where=where, dtype=dtype) for s in ((tokens, inner), (inner,)))
-        return _pointwise(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], (2, 3), half)
+        moved = work.bias_gelu(tokens, inner, x.element_size(), half).bytes
+        return _pointwise(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], moved, half)
 
     return make
 
@@ -113,12 +114,10 @@ def _add_layer_norm(tokens: int, half: str, dropout: float, width: int) -> Make:
         def exact(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
             return F.layer_norm(r + (x + xb), (width,), w, b, 1e-12)
 
-        # In forward x and the residual read, y and (with a backward to come) z written; in backward
-        # dy and z read, dz written, and with dropout dx beside it.
-        forward = 3 if half == "fwd" else 4
+        counted = work.add_layer_norm(tokens, width, dtype.itemsize, half, bool(dropout))
         return _pointwise(
             dropped if dropout else ours, plain if dropout else exact, inputs,
-            (forward, 4 if dropout else 3), half, _layer_norms(where, dtype, dropout),
+            counted.bytes, half, _layer_norms(where, dtype, dropout),
             (ours, exact),
         )  # fmt: skip
 
@@ -165,13 +164,11 @@ def _embed(tokens: int, half: str) -> Make:
             e = F.embedding(ids, word) + F.embedding(places, position) + F.embedding(types, kind)
             return F.layer_norm(e, (HIDDEN,), w, b, 1e-12)
 
-        forward, backward = 2 * tokens * HIDDEN, 2 * tokens * HIDDEN + VOCABULARY * HIDDEN
-        moved = {"fwd": forward, "bwd": backward, "fwd-bwd": forward + backward}[half]
         functions = {"torch eager": plain, "torch.compile": compiled(plain)}
         return Problem(
             half_of(half, ours, tables, dy),
             {name: half_of(half, function, tables, dy) for name, function in functions.items()},
-            moved * dy.element_size(),
+            work.embed_layer_norm(tokens, HIDDEN, dtype.itemsize, half).bytes,
             0,
             lambda: check_against(ours, plain, tables, dy),
             half=half,
@@ -187,7 +184,7 @@ def _gather(tokens: int) -> Make:
         return Problem(
             torch.no_grad()(lambda: ops.gather_rows(x, index)),
             {"torch index_select": lambda: x.index_select(0, index)},
-            x.numel() * x.element_size(),
+            work.gather_rows(len(index), HIDDEN, dtype.itemsize).bytes,
             0,
             lambda: equality(torch.equal(ops.gather_rows(x, index), x[index])),
         )
@@ -206,7 +203,7 @@ def _scatter(tokens: int) -> Make:
         return Problem(
             torch.no_grad()(lambda: ops.scatter_rows(x, index, tokens)),
             {"torch zeros + index_copy": peer},
-            3 * x.numel() * x.element_size(),
+            work.scatter_rows(len(x), HIDDEN, tokens, dtype.itemsize).bytes,
             0,
             lambda: equality(torch.equal(ops.scatter_rows(x, index, tokens), peer())),
         )

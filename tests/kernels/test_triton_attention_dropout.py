@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fastbert import ops
 from fastbert.kernels import _attention_dropout, _config, attention
+from fastbert.packed import PackedBatch
 
 from ._attention import cu_seqlens_of
 from ._parity import (
     DEVICE,
     DOT_DTYPES,
+    FP16,
     FP32,
     KERNEL_MARKS,
     SEED,
@@ -28,8 +34,9 @@ from ._parity import (
 
 pytestmark = KERNEL_MARKS
 
-LENGTHS = [1, 0, 40, 17, 130]
+LENGTHS = [1, 0, 40, 17]
 HEADS, P = 2, 0.25
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @in_the_first_process
@@ -37,39 +44,37 @@ def test_under_the_interpreter(tmp_path):
     run_interpreted(__file__, tmp_path)
 
 
-def mask_of(lengths, p=P):
+def mask_of(lengths):
     """Made for a bound that is not the longest length."""
     sizes = (max(lengths) + 3, sum(lengths), HEADS)
-    return _attention_dropout.dropout_mask(cu_seqlens_of(lengths), *sizes, *dropout_args(p))
+    return _attention_dropout.dropout_mask(cu_seqlens_of(lengths), *sizes, *dropout_args(P))
 
 
 @kernel_test
-@pytest.mark.parametrize("p", [P, 0.9])
-@pytest.mark.parametrize("tile", [(64, 2), (16, 1)])
-def test_the_mask_holds_the_bits_of_philox(tile, p, monkeypatch):
-    monkeypatch.setattr(_config, "attention_dropout_mask", lambda: tile)
-    mask = mask_of(LENGTHS, p)
-    assert mask.shape == (HEADS, sum(LENGTHS), 8) and mask.dtype == torch.int32
+@pytest.mark.parametrize("lengths", [LENGTHS, [130]])
+def test_the_mask_holds_the_bits_of_philox(lengths):
+    mask = mask_of(lengths)
+    width = 4 if lengths is LENGTHS else 8
+    assert mask.shape == (HEADS, sum(lengths), width) and mask.dtype == torch.int32
     words = mask.cpu().numpy().view(np.uint32)
     bits = (words[..., None] >> np.arange(32, dtype=np.uint32) & 1).reshape(*words.shape[:2], -1)
     first = 0
-    for length in LENGTHS:
+    for length in lengths:
         rows, keys = first + np.arange(length)[None, :, None], np.arange(length)
         drawn = philox_words(SEED, SITE, np.arange(HEADS)[:, None, None], rows, keys)
-        expected = drawn >= np.uint32(int(p * 2.0**32))
+        expected = drawn >= np.uint32(int(P * 2.0**32))
         assert (bits[:, first : first + length, :length] == expected).all()
         first += length
 
 
-@pytest.fixture(params=[16, 32, 64, 128])
-def keys_a_tile(request, monkeypatch):
-    """Tiles of fewer keys than a word has bits, and of up to four words."""
+def set_tiles(monkeypatch, keys):
+    """Tiles of so many keys, fewer than a word has bits or several words."""
     tile = _config.AttentionTile
-    query, key = tile(32, request.param, 4, 2), tile(16, request.param, 4, 2)
-    tiles = _config.AttentionTiles(query, query, key)
-    monkeypatch.setattr(_config, "attention", lambda *args: tiles)
-    longest = tile(256, request.param, 4, 2)
-    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: longest)
+    query, key = tile(32, keys, 4, 2), tile(16, keys, 4, 2)
+    monkeypatch.setattr(
+        _config, "attention", lambda *args: _config.AttentionTiles(query, query, key)
+    )
+    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: tile(64, keys, 4, 2))
     monkeypatch.setattr(_config, "attention_bwd_one_pass", lambda *args: key)
 
 
@@ -81,11 +86,14 @@ def both_halves(qkv, dout, lengths, way, bias, mask):
 
 
 @kernel_test
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("way", attention.BACKWARDS)
-@pytest.mark.parametrize("dtype", DOT_DTYPES)
-def test_the_results_are_those_of_philox_in_the_kernel(dtype, way, with_bias, keys_a_tile):
+@pytest.mark.parametrize(
+    ("dtype", "keys", "with_bias"),
+    [*((dtype, 32, False) for dtype in DOT_DTYPES), (FP16, 16, False), (FP16, 64, True)],
+)
+def test_the_results_are_those_of_philox_in_the_kernel(dtype, keys, with_bias, way, monkeypatch):
     """To the last bit; what the mask holds past a sequence's end is poison."""
+    set_tiles(monkeypatch, keys)
     torch.manual_seed(0)
     tokens = sum(LENGTHS)
     qkv, dout = random(tokens, 3, HEADS, 32, dtype=dtype), random(tokens, HEADS, 32, dtype=dtype)
@@ -134,3 +142,30 @@ def test_no_tokens():
     qkv = random(0, 3, HEADS, 32, dtype=FP32)
     site = (cu_seqlens_of([0, 0]), 0, 0.2, *dropout_args(P), None, mask)
     assert attention.attention_fwd(qkv, *site)[0].shape == (0, HEADS, 32)
+
+
+@kernel_test
+@pytest.mark.parametrize("half", ["fwd", "bwd", "fwd-bwd"])
+def test_the_benchs_candidate(half, monkeypatch):
+    """By the mask what ours gives, made once in a forward, never in a backward alone."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    cases, problem = (importlib.import_module(name) for name in ("cases_attention", "problem"))
+    made = []
+    make = _attention_dropout.dropout_mask
+    monkeypatch.setattr(
+        _attention_dropout, "dropout_mask", lambda *args: made.append(1) or make(*args)
+    )
+    torch.manual_seed(0)
+    batch = PackedBatch.from_flat(torch.zeros(20, dtype=torch.int64, device=DEVICE), [5, 15])
+    qkv, dout = random(20, 3, HEADS, 32).requires_grad_(), random(20, HEADS, 32)
+    p, seed, _ = dropout_args(P)
+    by_mask = cases._by_mask(batch, qkv, dout, half, p, seed)
+    made_before = len(made)
+
+    def ours(x):
+        return ops.attention(x, batch.cu_seqlens, 15, dropout_p=p, dropout_seed=seed)[0]
+
+    with ops.use_backend("triton"):
+        drawn = problem.half_of(half, ours, [qkv], dout)
+        assert cases._same(by_mask, drawn).over_bound == 0.0
+    assert (made_before, len(made)) == ((1, 1) if half == "bwd" else (0, 1))
