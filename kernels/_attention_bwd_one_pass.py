@@ -215,7 +215,7 @@ def one_pass(
     Raises ValueError where ``_config.attention_bwd_one_pass`` has no tile.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_one_pass(*_attention.kind(qkv, dropout_p, bias))
+    tile = _config.attention_bwd_one_pass(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     if tile is None:
         raise ValueError(
             f"qkv: got {qkv.dtype} with head_dim {head_dim}, expected 16 bits and 64, on sm_90 or "

@@ -147,7 +147,7 @@ def short(
     Raises ValueError where ``_config.attention_bwd_short`` has no tile as long as max_seqlen.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_short(*_attention.kind(qkv, dropout_p, bias))
+    tile = _config.attention_bwd_short(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     longest = 0 if tile is None else tile.block_m
     if tile is None or max_seqlen > longest:
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at most {longest}")

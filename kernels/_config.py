@@ -222,10 +222,23 @@ _ATTENTION_BIAS_TILES = {
 }
 
 
+# Kernels that spill where words of the mask are among what is in flight.
+_ONE_STAGE_WITH_MASK = {("mma", 128): "bwd_dq", ("tcgen05", 32): "bwd_dkdv"}
+
+
 def attention(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTiles:
-    """Tiles of forward and of both backward kernels for a head dimension up to 256 (sm_75: 128)."""
+    """Tiles of forward and of both backward kernels for a head dimension up to 256 (sm_75: 128).
+
+    mask: dropout comes from the packed mask. Its tiles have as many keys and queries, so that the
+    sums have the same bits.
+    """
     padded = max(32, triton.next_power_of_2(head_dim))
     if _matrix_unit(arch) == "none":
         tiles = _ATTENTION_TILES_SM75[itemsize][padded]
@@ -235,7 +248,11 @@ def attention(
         tiles = _ATTENTION_TILES_FP32[padded]
     else:
         tiles = _ATTENTION_TILES[_matrix_unit(arch)][padded, dropout]
-    return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+    found = AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+    half = _ONE_STAGE_WITH_MASK.get((_matrix_unit(arch), padded))
+    if mask and itemsize == 2 and half is not None:
+        return found._replace(**{half: getattr(found, half)._replace(num_stages=1)})
+    return found
 
 
 # Backward of sequences up to block_m in one kernel (_attention_bwd_short), keyed as above.
@@ -278,7 +295,12 @@ _ATTENTION_BWD_ONE_PASS_BIAS_TILES = {"wgmma": (32, 128, 8, 1), "tcgen05": (64, 
 
 
 def attention_bwd_short(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTile | None:
     """Tile of the backward that serves lengths up to its block_m; None where there is none."""
     padded, unit = max(32, triton.next_power_of_2(head_dim)), _matrix_unit(arch)
@@ -287,13 +309,21 @@ def attention_bwd_short(
         return None
     if bias and (padded > 64 or (unit == "mma" and dropout)):  # these spill
         return None
+    if mask and (unit, padded) == ("mma", 128):
+        # 15 instructions spill with 64 keys a step; mma.sync adds 16 by 16 in the same order.
+        return AttentionTile(64, 32, 8, 2)
     return AttentionTile(*tile)
 
 
 def attention_bwd_one_pass(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTile | None:
-    """Tile of the one-pass backward; None where there is none."""
+    """Tile of the one-pass backward, with a mask the same; None where there is none."""
     unit = _matrix_unit(arch)
     if unit not in _ATTENTION_BWD_ONE_PASS_TILES or (head_dim, itemsize) != (64, 2):
         return None
@@ -309,6 +339,7 @@ def attention_bwd(
     dropout: bool,
     arch: tuple[int, int],
     bias: bool = False,
+    mask: bool = False,
 ) -> str:
     """Which backward runs: "short" where it can, else "two_kernels"; "one_pass" is for the bench.
 
@@ -339,7 +370,7 @@ def attention_bwd(
     memory, where its sums would fit (128 KB), cannot hold an accumulator in Triton: that is for
     CUDA C++.
     """
-    tile = attention_bwd_short(head_dim, itemsize, dropout, arch, bias)
+    tile = attention_bwd_short(head_dim, itemsize, dropout, arch, bias, mask)
     return "two_kernels" if tile is None or max_seqlen > tile.block_m else "short"
 
 

@@ -153,7 +153,7 @@ def attention_fwd(
     dropout = (dropout_p, dropout_seed, dropout_offset)
     if dropout_mask is None:
         dropout_mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
-    tile = _config.attention(*_attention.kind(qkv, dropout_p, bias)).fwd
+    tile = _config.attention(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
     tiles_per_sequence = triton.cdiv(max_seqlen, tile.block_m)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
@@ -199,7 +199,7 @@ def attention_bwd(
         dropout_mask = _attention_dropout.chosen_mask(
             qkv, cu_seqlens, max_seqlen, dropout_p, dropout_seed, dropout_offset
         )
-    way = _config.attention_bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias))
+    way = _config.attention_bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
     return BACKWARDS[way](
         dout,
         qkv,

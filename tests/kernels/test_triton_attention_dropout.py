@@ -169,3 +169,18 @@ def test_the_benchs_candidate(half, monkeypatch):
         drawn = problem.half_of(half, ours, [qkv], dout)
         assert cases._same(by_mask, drawn).over_bound == 0.0
     assert (made_before, len(made)) == ((1, 1) if half == "bwd" else (0, 1))
+
+
+@pytest.mark.parametrize("arch", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_masks_tiles_serve_the_same_lengths(arch):
+    """With the same queries and keys a step in every sum of many: the same bits."""
+    for head_dim in (32, 64, 128):
+        for itemsize in (2, 4):
+            call = (head_dim, itemsize, True, arch)
+            drawn = _config.attention(*call)
+            read = _config.attention(*call, False, True)
+            assert [tile[:3] for tile in read] == [tile[:3] for tile in drawn]
+            shorts = [_config.attention_bwd_short(*call, False, mask) for mask in (False, True)]
+            assert len({tile and tile.block_m for tile in shorts}) == 1
+            ways = {_config.attention_bwd(64, *call, False, mask) for mask in (False, True)}
+            assert len(ways) == 1
