@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import work
 from problem import (
     Case,
     Parity,
@@ -17,6 +18,7 @@ from problem import (
     by_backend,
     compare,
     compiled,
+    equality,
     found,
     grads,
     half_of,
@@ -95,14 +97,16 @@ def make(
             )
         elif qkv.is_cuda:
             others = _other_backwards(ours, qkv, dout, half, dropout, batch.max_seqlen)
-        elements = tokens * heads * dim
-        products = {"fwd": 2, "bwd": 5, "fwd-bwd": 7}[half]
-        moved = {"fwd": 4, "bwd": 8, "fwd-bwd": 12}[half]
+        if qkv.is_cuda and dropout:
+            masked = _by_mask(batch, qkv, dout, half, dropout, seed)
+            others["fastbert packed mask"] = masked
+            checks["fastbert packed mask"] = lambda: _same(masked, half_of(half, ours, [qkv], dout))
+        counted = work.attention(lengths, heads, dim, qkv.element_size(), half)
         return Problem(
             half_of(half, ours, [qkv], dout),
             peers,
-            moved * elements * qkv.element_size(),
-            products * 2 * heads * dim * sum(n * n for n in lengths),
+            counted.bytes,
+            counted.flops,
             lambda: _check(batch, qkv, dout, ids),
             others,
             checks,
@@ -142,6 +146,39 @@ def _check(
         halves(plain(part), dy, part),
         halves(plain(oracle), dy.double(), oracle),
     )
+
+
+def _by_mask(
+    batch: PackedBatch, qkv: Tensor, dout: Tensor, half: str, dropout: float, seed: Tensor | None
+) -> Run:
+    """Ours with dropout from a packed mask, which forward makes, in its time, and backward reads
+    again."""
+    from fastbert.kernels import _attention_dropout, attention
+
+    x, longest, heads = qkv.detach(), batch.max_seqlen, qkv.shape[2]
+    site = (batch.cu_seqlens, longest, qkv.shape[3] ** -0.5, dropout, seed, 0, None)
+
+    def forward() -> tuple[Tensor, ...]:
+        mask = _attention_dropout.dropout_mask(
+            batch.cu_seqlens, longest, len(x), heads, dropout, seed, 0
+        )
+        return *attention.attention_fwd(x, *site, mask), mask
+
+    def backward(out: Tensor, lse: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (attention.attention_bwd(dout, x, out, lse, *site, mask),)
+
+    if half == "fwd":
+        return lambda: forward()[0]
+    if half == "fwd-bwd":
+        return lambda: backward(*forward())
+    kept = forward()
+    return lambda: backward(*kept)
+
+
+def _same(run: Run, other: Run) -> Parity:
+    """Of two calls that return a tensor or a tuple of one."""
+    first, second = (x if isinstance(x, Tensor) else x[0] for x in (run(), other()))
+    return equality(torch.equal(first, second))
 
 
 def _padded_peers(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import work
 from problem import (
     Case,
     Parity,
@@ -25,7 +26,7 @@ from problem import (
 from fastbert import ops
 
 Make = Callable[[str, torch.dtype], Problem]
-HIDDEN, INNER, VOCABULARY = 768, 3072, 30522
+HIDDEN, INNER, VOCABULARY = 768, 3072, work.VOCABULARY
 SIZES = {"base": 768, "large": 1024}
 # In the package the function of this name hides its module.
 _feed_forward_module = importlib.import_module("fastbert.ops.feed_forward")
@@ -70,13 +71,13 @@ def _feed_forward(tokens: int, half: str, hidden: int) -> Make:
             run = half_of(half, ops.feed_forward, inputs, dy)
             others[name] = _fused(run, frozenset(fused))
             checks[name] = _fused(check, frozenset(fused))
-        products = {"fwd": 2, "bwd": 4, "fwd-bwd": 6}[half]
+        counted = work.feed_forward(tokens, hidden, dtype.itemsize, half)
         functions = {"torch eager": plain, "torch.compile": compiled(plain)}
         return Problem(
             half_of(half, ops.feed_forward, inputs, dy),
             {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
-            (2 * tokens * hidden + 2 * hidden * inner) * dy.element_size(),
-            products * 2 * tokens * hidden * inner,
+            counted.bytes,
+            counted.flops,
             check,
             others,
             checks,
@@ -115,6 +116,7 @@ def _head(rows: int, width: int) -> Make:
             wide = torch.promote_types(h.dtype, torch.float32)
             return F.cross_entropy(F.linear(h, w, b).to(wide), labels)
 
+        counted = work.linear_cross_entropy(rows, width, dtype.itemsize)
         functions = {"torch eager": plain, "torch.compile": compiled(plain)}
         if where == "cuda":
             functions |= _fused_heads(labels)
@@ -124,8 +126,8 @@ def _head(rows: int, width: int) -> Make:
                 name: half_of("fwd-bwd", function, inputs, one)
                 for name, function in functions.items()
             },
-            3 * VOCABULARY * width * hidden.element_size(),
-            6 * rows * width * VOCABULARY,
+            counted.bytes,
+            counted.flops,
             lambda: check_against(ours, plain, inputs, one),
             half="fwd-bwd",
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+import work
 from optimizers import optimizer_step
 from problem import (
     Case,
@@ -24,7 +25,7 @@ from problem import (
 from fastbert import ops
 
 Make = Callable[[str, torch.dtype], Problem]
-HIDDEN, INNER, VOCABULARY, LARGE = 768, 3072, 30522, 1024
+HIDDEN, INNER, VOCABULARY, LARGE = 768, 3072, work.VOCABULARY, 1024
 
 
 def cases(where: str, tokens: int) -> Iterator[Case]:
@@ -55,7 +56,7 @@ def _beside_cuda(
     ours: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     inputs: list[Tensor],
-    traffic: tuple[float, float],
+    moved: int,
     half: str,
     peers: dict[str, Callable[..., Tensor]] | None = None,
     checked: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None,
@@ -63,12 +64,11 @@ def _beside_cuda(
 ) -> Problem:
     """An op that has CUDA C++ kernels too, which are timed beside what the table takes.
 
-    traffic: activations moved in forward and in backward, in elements of dy.
+    moved: bytes.
     checked: what parity is shown of, where ours and plain draw dropout of their own.
     dy: where it is not shaped as the first input."""
     dy = torch.randn_like(inputs[0]) if dy is None else dy
     functions = {"torch eager": plain, "torch.compile": compiled(plain), **(peers or {})}
-    moved = {"fwd": traffic[0], "bwd": traffic[1], "fwd-bwd": sum(traffic)}[half]
 
     def check() -> Parity:
         return check_against(*(checked or (ours, plain)), inputs, dy)
@@ -80,7 +80,7 @@ def _beside_cuda(
     return Problem(
         half_of(half, ours, inputs, dy),
         {name: half_of(half, function, inputs, dy) for name, function in functions.items()},
-        round(moved * dy.numel()) * dy.element_size(),
+        moved,
         0,
         check,
         others,
@@ -92,7 +92,8 @@ def _beside_cuda(
 def _bias_gelu(tokens: int, half: str, inner: int) -> Make:
     def make(where: str, dtype: torch.dtype) -> Problem:
         x, bias = (leaf(*s, where=where, dtype=dtype) for s in ((tokens, inner), (inner,)))
-        return _beside_cuda(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], (2, 3), half)
+        moved = work.bias_gelu(tokens, inner, x.element_size(), half).bytes
+        return _beside_cuda(ops.bias_gelu, lambda x, b: F.gelu(x + b), [x, bias], moved, half)
 
     return make
 
@@ -115,12 +116,10 @@ def _add_layer_norm(tokens: int, half: str, dropout: float, width: int) -> Make:
         def exact(x: Tensor, r: Tensor, w: Tensor, b: Tensor, xb: Tensor) -> Tensor:
             return F.layer_norm(r + (x + xb), (width,), w, b, 1e-12)
 
-        # In forward x and the residual read, y and (with a backward to come) z written; in backward
-        # dy and z read, dz written, and with dropout dx beside it.
-        forward = 3 if half == "fwd" else 4
+        counted = work.add_layer_norm(tokens, width, dtype.itemsize, half, bool(dropout))
         return _beside_cuda(
             dropped if dropout else ours, plain if dropout else exact, inputs,
-            (forward, 4 if dropout else 3), half, _layer_norms(where, dtype, dropout),
+            counted.bytes, half, _layer_norms(where, dtype, dropout),
             (ours, exact),
         )  # fmt: skip
 
@@ -167,8 +166,8 @@ def _embed(tokens: int, half: str) -> Make:
             e = F.embedding(ids, word) + F.embedding(places, position) + F.embedding(types, kind)
             return F.layer_norm(e, (HIDDEN,), w, b, 1e-12)
 
-        # Forward reads a word's row and writes y; backward reads that row and dy, writes dword.
-        return _beside_cuda(ours, plain, tables, (2, 2 + VOCABULARY / tokens), half, dy=dy)
+        moved = work.embed_layer_norm(tokens, HIDDEN, dtype.itemsize, half).bytes
+        return _beside_cuda(ours, plain, tables, moved, half, dy=dy)
 
     return make
 
@@ -180,7 +179,7 @@ def _gather(tokens: int) -> Make:
         return Problem(
             torch.no_grad()(lambda: ops.gather_rows(x, index)),
             {"torch index_select": lambda: x.index_select(0, index)},
-            x.numel() * x.element_size(),
+            work.gather_rows(len(index), HIDDEN, dtype.itemsize).bytes,
             0,
             lambda: equality(torch.equal(ops.gather_rows(x, index), x[index])),
         )
@@ -199,7 +198,7 @@ def _scatter(tokens: int) -> Make:
         return Problem(
             torch.no_grad()(lambda: ops.scatter_rows(x, index, tokens)),
             {"torch zeros + index_copy": peer},
-            3 * x.numel() * x.element_size(),
+            work.scatter_rows(len(x), HIDDEN, tokens, dtype.itemsize).bytes,
             0,
             lambda: equality(torch.equal(ops.scatter_rows(x, index, tokens), peer())),
         )

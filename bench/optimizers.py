@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import work
 from problem import Parity, error, parity
 
 from fastbert.train import AdamW, Lamb
@@ -96,6 +97,4 @@ def optimizer_step(
         return parity(mine.detach(), exact, bound, torchs)
 
     elements = sum(g.numel() for g in grads)
-    # p, m, v read and written in fp32, g read, a 16-bit copy written; LAMB reads p, m, v once more.
-    size = 24 + grads[0].element_size() + (2 if dtype != torch.float32 else 0) + 12 * lamb
-    return ours.step, peers, elements * size, 0, check
+    return ours.step, peers, work.optimizer(elements, dtype.itemsize, lamb).bytes, 0, check

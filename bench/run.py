@@ -98,6 +98,8 @@ def _shares(problem: Problem, seconds: float, ceiling: dict[str, float]) -> dict
     if problem.flops:
         found["gflop_s"] = problem.flops / seconds / 1e9
         found["percent_of_matrix"] = 100 * found["gflop_s"] / ceiling["matrix_gflop_s"]
+    # The bound on the time (bench/roofline.py) is that of the ceiling it comes closer to.
+    found["percent_of_bound"] = max(found["percent_of_copy"], found.get("percent_of_matrix", 0.0))
     return found
 
 

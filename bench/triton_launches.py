@@ -10,27 +10,36 @@ TOKENS, MASKED, VOCABULARY = 8192, 1229, 30522
 
 
 def _attention_call(
-    dtype: Any, head_dim: int, p: float, bias: bool, longest: int
+    dtype: Any, head_dim: int, p: float, bias: bool, longest: int, mask: bool
 ) -> tuple[Any, tuple[Any, ...]]:
     """qkv and the arguments that follow the tensors in both halves."""
     import torch
+
+    from fastbert.kernels import _attention_dropout
 
     qkv = torch.empty(TOKENS, 3, 768 // head_dim, head_dim, dtype=dtype)
     cu_seqlens = torch.zeros(17, dtype=torch.int32)
     seed = torch.zeros(1, dtype=torch.int64)
     scores = torch.empty(1, TOKENS, 512) if bias else None
-    return qkv, (cu_seqlens, longest, head_dim**-0.5, p, seed, 0, scores)
+    bits = None
+    if mask:
+        bits = _attention_dropout.dropout_mask(
+            cu_seqlens, longest, TOKENS, qkv.shape[2], p, seed, 0
+        )
+    return qkv, (cu_seqlens, longest, head_dim**-0.5, p, seed, 0, scores, bits)
 
 
-def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False) -> None:
+def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False, mask: bool = False) -> None:
     from fastbert.kernels import attention
 
-    qkv, site = _attention_call(dtype, head_dim, p, bias, 512)
+    qkv, site = _attention_call(dtype, head_dim, p, bias, 512, mask)
     out, lse = attention.attention_fwd(qkv, *site)
     attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
 
 
-def _attention_bwd(dtype: Any, way: str, head_dim: int, p: float, bias: bool = False) -> None:
+def _attention_bwd(
+    dtype: Any, way: str, head_dim: int, p: float, bias: bool = False, mask: bool = False
+) -> None:
     """One of the backwards in one kernel, where it has a tile."""
     import torch
 
@@ -41,7 +50,7 @@ def _attention_bwd(dtype: Any, way: str, head_dim: int, p: float, bias: bool = F
     tile = choose(head_dim, dtype.itemsize, p > 0.0, arch, bias)
     if tile is not None:
         longest = tile.block_m if way == "short" else 512
-        qkv, site = _attention_call(dtype, head_dim, p, bias, longest)
+        qkv, site = _attention_call(dtype, head_dim, p, bias, longest, mask)
         out = torch.empty_like(qkv[:, 0])
         lse = torch.empty(qkv.shape[2], TOKENS)
         attention.BACKWARDS[way](out, qkv, out, lse, *site)
@@ -225,6 +234,21 @@ CASES: dict[str, Callable[[Any], None]] = {
     ),
     "attention one pass": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.0),
     "attention one pass dropout": partial(_attention_bwd, way="one_pass", head_dim=64, p=0.1),
+    "attention mask": partial(_attention, head_dim=64, p=0.1, mask=True),
+    "attention mask D=32": partial(_attention, head_dim=32, p=0.1, mask=True),
+    "attention mask D=128": partial(_attention, head_dim=128, p=0.1, mask=True),
+    "attention mask bias": partial(_attention, head_dim=64, p=0.1, bias=True, mask=True),
+    "attention D=256 mask": partial(_attention, head_dim=256, p=0.1, mask=True),
+    "attention short mask": partial(_attention_bwd, way="short", head_dim=64, p=0.1, mask=True),
+    "attention short mask D=32": partial(
+        _attention_bwd, way="short", head_dim=32, p=0.1, mask=True
+    ),
+    "attention short mask D=128": partial(
+        _attention_bwd, way="short", head_dim=128, p=0.1, mask=True
+    ),
+    "attention one pass mask": partial(
+        _attention_bwd, way="one_pass", head_dim=64, p=0.1, mask=True
+    ),
     "feed_forward tanh": partial(_feed_forward, tanh=True),
     "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),
     "add_layer_norm H=4096 dropout": partial(_add_layer_norm, width=4096, p=0.1),

@@ -3,8 +3,10 @@
     python bench/triton_resources.py                          # everything, to bench/results/
     python bench/triton_resources.py --arch 90 --dtype bf16   # one architecture and dtype
 
-Needs no GPU: the launchers run on CPU tensors of BERT's shapes with Triton's driver replaced by one
-that only compiles, so what is compiled is exactly what a launch on that architecture would compile.
+A run replaces the rows of the cases, architectures and dtypes that it compiles, and leaves the
+others. Needs no GPU: the launchers run on CPU tensors of BERT's shapes with Triton's driver
+replaced by one that only compiles, so what is compiled is exactly what a launch on that
+architecture would compile.
 """
 
 from __future__ import annotations
@@ -160,6 +162,22 @@ def sweep(cases: list[str], arches: list[int], dtypes: list[str], jobs: int) -> 
             yield from rows
 
 
+def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in the order of the cases: the new ones, and earlier ones of what was not measured
+    again and is still a case."""
+
+    def job(row: dict[str, Any]) -> tuple[str, int, str]:
+        return row["case"], row["arch"], row["dtype"]
+
+    again = set(map(job, rows))
+    kept = [row for row in earlier if job(row) not in again and row["case"] in CASES]
+    place = {case: number for number, case in enumerate(CASES)}
+    return sorted(
+        kept + rows,
+        key=lambda row: (place[row["case"]], row["arch"], list(DTYPES).index(row["dtype"])),
+    )
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     """JSON with one line a kernel: hundreds of rows that a diff should show one by one."""
     head = {name: value for name, value in result.items() if name != "kernels"}
@@ -194,6 +212,8 @@ def main() -> int:
             f"{row['matrix_instruction'] or '-':6} {row['num_warps']} {row['constants']}",
             flush=True,
         )
+    if args.out.exists():
+        rows = merged(json.loads(args.out.read_text(encoding="utf-8"))["kernels"], rows)
     result = {"triton": triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": rows}
     write(args.out, result)
     return 0

@@ -63,11 +63,16 @@ def bias_args(bias: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]
 
 
 def kind(
-    qkv: torch.Tensor, dropout_p: float, bias: torch.Tensor | None
-) -> tuple[int, int, bool, tuple[int, int], bool]:
+    qkv: torch.Tensor,
+    dropout_p: float,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+) -> tuple[int, int, bool, tuple[int, int], bool, bool]:
     """What the launch choices of ``_config`` depend on."""
     arch = _config.capability(qkv)
-    return qkv.shape[3], qkv.element_size(), dropout_p > 0.0, arch, bias is not None
+    return (
+        qkv.shape[3], qkv.element_size(), dropout_p > 0.0, arch, bias is not None, mask is not None,
+    )  # fmt: skip
 
 
 def grid(tiles_per_sequence: int, cu_seqlens: torch.Tensor, num_heads: int) -> tuple[int, int]:

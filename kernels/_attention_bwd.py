@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _config, _philox
+from fastbert.kernels import _attention, _attention_dropout, _config
 
 
 @triton.jit(
@@ -32,6 +32,8 @@ def _attention_bwd_dq_kernel(
     dropout_threshold,
     dropout_offset,
     keep_scale,
+    dropout_mask_ptr,
+    dropout_mask_quads,
     softmax_scale,
     num_tokens,
     num_heads,
@@ -90,12 +92,17 @@ def _attention_bwd_dq_kernel(
         p = tl.where((keys < length)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if dropout_seed_ptr is not None:
-            keep = _philox.keep_mask(
+            keep = _attention_dropout.keep_tile(
                 dropout_seed_ptr,
                 dropout_threshold,
                 dropout_offset,
+                dropout_mask_ptr,
+                dropout_mask_quads,
                 head,
-                first.to(tl.int32) + queries,
+                first,
+                queries,
+                length,
+                num_tokens,
                 start,
                 BLOCK_N,
             )
@@ -126,6 +133,8 @@ def _attention_bwd_dkdv_kernel(
     dropout_threshold,
     dropout_offset,
     keep_scale,
+    dropout_mask_ptr,
+    dropout_mask_quads,
     softmax_scale,
     num_tokens,
     num_heads,
@@ -179,12 +188,17 @@ def _attention_bwd_dkdv_kernel(
         dropped_p = p
         if dropout_seed_ptr is not None:
             keep = tl.trans(
-                _philox.keep_mask(
+                _attention_dropout.keep_tile(
                     dropout_seed_ptr,
                     dropout_threshold,
                     dropout_offset,
+                    dropout_mask_ptr,
+                    dropout_mask_quads,
                     head,
-                    first.to(tl.int32) + queries,
+                    first,
+                    queries,
+                    length,
+                    num_tokens,
                     tile * BLOCK_N,
                     BLOCK_N,
                 )
@@ -213,14 +227,15 @@ def two_kernels(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty."""
     num_tokens, _, num_heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv)
-    dq_tile, dkdv_tile = _config.attention(*_attention.kind(qkv, dropout_p, bias))[1:]
+    dq_tile, dkdv_tile = _config.attention(*_attention.kind(qkv, dropout_p, bias, dropout_mask))[1:]
     delta = torch.empty_like(lse)
     bias_args = _attention.bias_args(bias)
-    dropout = _philox.dropout_args(dropout_p, dropout_seed, dropout_offset)
+    dropout = _attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask)
     with torch.cuda.device_of(qkv):
         tiles_per_sequence = triton.cdiv(max_seqlen, dq_tile.block_m)
         _attention_bwd_dq_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](

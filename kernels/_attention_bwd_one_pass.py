@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _config, _philox
+from fastbert.kernels import _attention, _attention_dropout, _config
 
 
 @triton.jit(do_not_specialize=["num_tokens", "dropout_threshold", "dropout_offset"])
@@ -35,6 +35,8 @@ def _attention_bwd_one_pass_kernel(
     dropout_threshold,
     dropout_offset,
     keep_scale,
+    dropout_mask_ptr,
+    dropout_mask_quads,
     softmax_scale,
     num_tokens,
     num_heads,
@@ -110,12 +112,17 @@ def _attention_bwd_one_pass_kernel(
             p = tl.where((keys < length)[:, None], p, 0.0)
             if dropout_seed_ptr is not None:
                 keep = tl.trans(
-                    _philox.keep_mask(
+                    _attention_dropout.keep_tile(
                         dropout_seed_ptr,
                         dropout_threshold,
                         dropout_offset,
+                        dropout_mask_ptr,
+                        dropout_mask_quads,
                         head,
-                        first.to(tl.int32) + queries,
+                        first,
+                        queries,
+                        length,
+                        num_tokens,
                         key_start,
                         BLOCK_N,
                     )
@@ -201,13 +208,14 @@ def one_pass(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
     Raises ValueError where ``_config.attention_bwd_one_pass`` has no tile.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_one_pass(*_attention.kind(qkv, dropout_p, bias))
+    tile = _config.attention_bwd_one_pass(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     if tile is None:
         raise ValueError(
             f"qkv: got {qkv.dtype} with head_dim {head_dim}, expected 16 bits and 64, on sm_90 or "
@@ -229,7 +237,7 @@ def one_pass(
             order,
             cu_seqlens,
             *_attention.bias_args(bias),
-            *_philox.dropout_args(dropout_p, dropout_seed, dropout_offset),
+            *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale,
             num_tokens,
             num_heads,

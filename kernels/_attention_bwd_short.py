@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _config, _philox
+from fastbert.kernels import _attention, _attention_dropout, _config
 
 
 @triton.jit(do_not_specialize=["num_tokens", "dropout_threshold", "dropout_offset"])
@@ -31,6 +31,8 @@ def _attention_bwd_short_kernel(
     dropout_threshold,
     dropout_offset,
     keep_scale,
+    dropout_mask_ptr,
+    dropout_mask_quads,
     softmax_scale,
     num_tokens,
     num_heads,
@@ -91,12 +93,17 @@ def _attention_bwd_short_kernel(
         # Keys past the end have score 0, whose exp may overflow, and would reach dQ as nan.
         p = tl.where((keys < length)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         if dropout_seed_ptr is not None:
-            keep = _philox.keep_mask(
+            keep = _attention_dropout.keep_tile(
                 dropout_seed_ptr,
                 dropout_threshold,
                 dropout_offset,
+                dropout_mask_ptr,
+                dropout_mask_quads,
                 head,
-                first.to(tl.int32) + queries,
+                first,
+                queries,
+                length,
+                num_tokens,
                 start,
                 BLOCK_N,
             )
@@ -133,13 +140,14 @@ def short(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
     Raises ValueError where ``_config.attention_bwd_short`` has no tile as long as max_seqlen.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_short(*_attention.kind(qkv, dropout_p, bias))
+    tile = _config.attention_bwd_short(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     longest = 0 if tile is None else tile.block_m
     if tile is None or max_seqlen > longest:
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at most {longest}")
@@ -153,7 +161,7 @@ def short(
             dqkv,
             cu_seqlens,
             *_attention.bias_args(bias),
-            *_philox.dropout_args(dropout_p, dropout_seed, dropout_offset),
+            *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale,
             num_tokens,
             num_heads,

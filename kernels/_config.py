@@ -222,10 +222,23 @@ _ATTENTION_BIAS_TILES = {
 }
 
 
+# Kernels that spill where words of the mask are among what is in flight.
+_ONE_STAGE_WITH_MASK = {("mma", 128): "bwd_dq", ("tcgen05", 32): "bwd_dkdv"}
+
+
 def attention(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTiles:
-    """Tiles of forward and of both backward kernels for a head dimension up to 256 (sm_75: 128)."""
+    """Tiles of forward and of both backward kernels for a head dimension up to 256 (sm_75: 128).
+
+    mask: dropout comes from the packed mask. Its tiles have as many keys and queries, so that the
+    sums have the same bits.
+    """
     padded = max(32, triton.next_power_of_2(head_dim))
     if _matrix_unit(arch) == "none":
         tiles = _ATTENTION_TILES_SM75[itemsize][padded]
@@ -235,7 +248,11 @@ def attention(
         tiles = _ATTENTION_TILES_FP32[padded]
     else:
         tiles = _ATTENTION_TILES[_matrix_unit(arch)][padded, dropout]
-    return AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+    found = AttentionTiles(*(AttentionTile(*tile) for tile in tiles))
+    half = _ONE_STAGE_WITH_MASK.get((_matrix_unit(arch), padded))
+    if mask and itemsize == 2 and half is not None:
+        return found._replace(**{half: getattr(found, half)._replace(num_stages=1)})
+    return found
 
 
 # Backward of sequences up to block_m in one kernel (_attention_bwd_short), keyed as above.
@@ -278,7 +295,12 @@ _ATTENTION_BWD_ONE_PASS_BIAS_TILES = {"wgmma": (32, 128, 8, 1), "tcgen05": (64, 
 
 
 def attention_bwd_short(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTile | None:
     """Tile of the backward that serves lengths up to its block_m; None where there is none."""
     padded, unit = max(32, triton.next_power_of_2(head_dim)), _matrix_unit(arch)
@@ -287,13 +309,21 @@ def attention_bwd_short(
         return None
     if bias and (padded > 64 or (unit == "mma" and dropout)):  # these spill
         return None
+    if mask and (unit, padded) == ("mma", 128):
+        # 15 instructions spill with 64 keys a step; mma.sync adds 16 by 16 in the same order.
+        return AttentionTile(64, 32, 8, 2)
     return AttentionTile(*tile)
 
 
 def attention_bwd_one_pass(
-    head_dim: int, itemsize: int, dropout: bool, arch: tuple[int, int], bias: bool = False
+    head_dim: int,
+    itemsize: int,
+    dropout: bool,
+    arch: tuple[int, int],
+    bias: bool = False,
+    mask: bool = False,
 ) -> AttentionTile | None:
-    """Tile of the one-pass backward; None where there is none."""
+    """Tile of the one-pass backward, with a mask the same; None where there is none."""
     unit = _matrix_unit(arch)
     if unit not in _ATTENTION_BWD_ONE_PASS_TILES or (head_dim, itemsize) != (64, 2):
         return None
@@ -309,6 +339,7 @@ def attention_bwd(
     dropout: bool,
     arch: tuple[int, int],
     bias: bool = False,
+    mask: bool = False,
 ) -> str:
     """Which backward runs: "short" where it can, else "two_kernels"; "one_pass" is for the bench.
 
@@ -328,9 +359,46 @@ def attention_bwd(
     the products and 5/8 to 3/4 of the instructions: it wins on every count. One pass saves products
     always, instructions under dropout alone, and pays in L2 traffic and in programs as long as a
     sequence: only a measurement can tell.
+
+    dQ on the chip ends at S = 128 here. Short with 256 queries a tile has, on sm_90, 9 instructions
+    that spill with 64 keys a step (144 with dropout from a mask), for dQ, p and dp take 192 of 255
+    registers. With 32 keys it just fits without dropout and with a mask (475 and 686 instructions),
+    and spills with Philox (33); but 32 rows of dK and dV are too few for wgmma, and mma.sync at
+    half its rate makes up for the two products saved: 1792 cycles, as in two kernels, with no room
+    for a tile in flight, and 256 queries computed for a sequence of 129. At 512 dQ alone takes half
+    of the 128 registers that 16 warps have, p and dp of 64 keys the other half twice. Shared
+    memory, where its sums would fit (128 KB), cannot hold an accumulator in Triton: that is for
+    CUDA C++.
     """
-    tile = attention_bwd_short(head_dim, itemsize, dropout, arch, bias)
+    tile = attention_bwd_short(head_dim, itemsize, dropout, arch, bias, mask)
     return "two_kernels" if tile is None or max_seqlen > tile.block_m else "short"
+
+
+def attention_dropout() -> str:
+    """Where attention's dropout comes from: "philox", drawn in the kernels, or "mask", packed bits
+    that are drawn once and read (``_attention_dropout``).
+
+    Counted on sm_90 for D = 64, instructions a warp as in ``attention_bwd``, of forward, of
+    backward in two kernels or in short, and of making the mask; the sums at S = 512 and 128; and
+    what these take on an H200 in nanoseconds, for a token of BERT-base's 12 heads, at the full rate
+    of 132 x 4 instructions a cycle of 1.7 GHz, beside the bytes' time at 4.3 TB/s, the mask's bits
+    among them:
+
+                forward  two  short  making   S = 512:  ns  bytes'   S = 128:  ns  bytes'
+        philox     1032  2083  1297       0       3115  20.8   5.7       2329  3.9   4.3
+        mask        537  1093   717     490       2120  14.2   6.4       1744  2.9   4.4
+
+    The mask is S / 8 bytes a token and head, written once and read by each kernel. So it should
+    take a third off attention with dropout at S = 512, where instructions bound it, and nothing at
+    128, where bytes do. Each half makes the mask anew unless it is brought one, which leaves 17.4
+    and 3.7 ns: who chooses it should have the op save it. Philox until a GPU has measured that.
+    """
+    return "philox"
+
+
+def attention_dropout_mask() -> tuple[int, int]:
+    """(queries a tile, warps) of the packed mask: a thread draws four words, 16 bytes, of a row."""
+    return 64, 2
 
 
 # Sequences that a program ranks by length: a few thousand need as many programs as there are.

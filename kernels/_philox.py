@@ -58,3 +58,28 @@ def keep_mask(seed_ptr, threshold, offset, plane, rows, first_col, BLOCK_COLS: t
     even = tl.join(word0 >= limit, word2 >= limit)
     odd = tl.join(word1 >= limit, word3 >= limit)
     return tl.join(even, odd).reshape(rows.shape[0], BLOCK_COLS)
+
+
+@triton.jit
+def keep_words(seed_ptr, threshold, offset, plane, rows, first_word, WORDS: tl.constexpr):
+    """The same bits packed: int32 (R, WORDS), bit b of word w for column 32 (first_word + w) + b.
+
+    rows: (R,) int32.  All else as in ``keep_mask``.
+    """
+    groups = 8 * (first_word + tl.arange(0, WORDS))
+    limit = threshold.to(tl.uint32)
+    seed = tl.load(seed_ptr)
+    bits = tl.zeros([rows.shape[0], WORDS], tl.uint32)
+    # The eight calls of a word are one thread's: no bit moves between threads.
+    for group in range(8):
+        word0, word1, word2, word3 = tl.philox(
+            seed,
+            (groups + group)[None, :].to(tl.uint32),
+            rows[:, None].to(tl.uint32),
+            offset.to(tl.uint32),
+            tl.cast(plane, tl.uint32),
+        )
+        four = (word0 >= limit).to(tl.uint32) | (word1 >= limit).to(tl.uint32) << 1
+        four |= (word2 >= limit).to(tl.uint32) << 2 | (word3 >= limit).to(tl.uint32) << 3
+        bits |= four << 4 * group
+    return bits.to(tl.int32, bitcast=True)

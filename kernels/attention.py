@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _config, _philox
+from fastbert.kernels import _attention, _attention_dropout, _config
 from fastbert.kernels._attention_bwd import two_kernels
 from fastbert.kernels._attention_bwd_one_pass import one_pass
 from fastbert.kernels._attention_bwd_short import short
@@ -39,6 +39,8 @@ def _attention_fwd_kernel(
     dropout_threshold,
     dropout_offset,
     keep_scale,
+    dropout_mask_ptr,
+    dropout_mask_quads,
     score_scale,
     num_tokens,
     num_heads,
@@ -52,11 +54,10 @@ def _attention_fwd_kernel(
 
     qkv_ptr: (num_tokens, 3, num_heads, HEAD_DIM).  out_ptr: (num_tokens, num_heads, HEAD_DIM).
     lse_ptr: fp32 (num_heads, num_tokens).  cu_seqlens_ptr: int32 (B + 1,).  bias_ptr,
-    bias_stride_head, bias_width: see ``_attention.bias_args``.  dropout_seed_ptr: int64
-    seed, None without dropout.  dropout_threshold, dropout_offset, keep_scale: see
-    ``_philox.Dropout``.  score_scale: softmax_scale log2(e).  tiles_per_sequence: query tiles for
-    the longest sequence.  BLOCK_M: queries.  BLOCK_N: keys a step.  BLOCK_D: HEAD_DIM padded to a
-    power of two.
+    bias_stride_head, bias_width: see ``_attention.bias_args``.  dropout_seed_ptr to
+    dropout_mask_quads: see ``_attention_dropout.dropout_args``; no dropout without a seed.
+    score_scale: softmax_scale log2(e).  tiles_per_sequence: query tiles for the longest sequence.
+    BLOCK_M: queries.  BLOCK_N: keys a step.  BLOCK_D: HEAD_DIM padded to a power of two.
     """
     first, length, tile = _attention.find_tile(cu_seqlens_ptr, tiles_per_sequence)
     if tile * BLOCK_M >= length:
@@ -92,12 +93,17 @@ def _attention_fwd_kernel(
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, 1)
         if dropout_seed_ptr is not None:
-            keep = _philox.keep_mask(
+            keep = _attention_dropout.keep_tile(
                 dropout_seed_ptr,
                 dropout_threshold,
                 dropout_offset,
+                dropout_mask_ptr,
+                dropout_mask_quads,
                 head,
-                first.to(tl.int32) + queries,
+                first,
+                queries,
+                length,
+                num_tokens,
                 start,
                 BLOCK_N,
             )
@@ -125,6 +131,7 @@ def attention_fwd(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out_i = sum_j dropout(p_ij) v_j, p_ij = exp(s_ij - lse_i), s_ij = scale q_i . k_j + bias_ij.
 
@@ -132,7 +139,8 @@ def attention_fwd(
     device.  max_seqlen: host int, at least the longest length.  softmax_scale, dropout_p: floats.
     dropout_seed: int64 (1,) on the device, or None.  dropout_offset: the site.  bias: contiguous
     floating (1 or N, T, W), W at least max_seqlen: a row for each query, a column for each position
-    of a key in its sequence, -inf where it is not seen; or None.
+    of a key in its sequence, -inf where it is not seen; or None.  dropout_mask: of
+    ``_attention_dropout.dropout_mask`` for the same dropout; None where the launch choice decides.
     Returns out (T, N, D) in qkv.dtype and lse (N, T) fp32, 0 and -inf for a query that sees no key,
     whose gradient is 0 too. Sums are in fp32; probabilities are
     rounded to qkv.dtype before they meet V.
@@ -142,7 +150,10 @@ def attention_fwd(
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=qkv.device)
     if qkv.numel() == 0:
         return out, lse
-    tile = _config.attention(*_attention.kind(qkv, dropout_p, bias)).fwd
+    dropout = (dropout_p, dropout_seed, dropout_offset)
+    if dropout_mask is None:
+        dropout_mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
+    tile = _config.attention(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
     tiles_per_sequence = triton.cdiv(max_seqlen, tile.block_m)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
@@ -151,7 +162,7 @@ def attention_fwd(
             lse,
             cu_seqlens,
             *_attention.bias_args(bias),
-            *_philox.dropout_args(dropout_p, dropout_seed, dropout_offset),
+            *_attention_dropout.dropout_args(*dropout, dropout_mask),
             softmax_scale * LOG2_E,
             num_tokens,
             num_heads,
@@ -173,16 +184,22 @@ def attention_bwd(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """delta_i = dout_i . out_i; dp = dropout'(dout v^T); ds = p (dp - delta); dq = scale ds k;
     dk = scale ds^T q; dv = dropout(p)^T dout.
 
-    dout, out: (T, N, D) contiguous.  lse: (N, T) fp32.  All else as in forward.
+    dout, out: (T, N, D) contiguous.  lse: (N, T) fp32.  All else as in forward, whose dropout_mask
+    may be read again.
     Returns dqkv (T, 3, N, D) in qkv.dtype.
     """
     if qkv.numel() == 0:
         return torch.empty_like(qkv)
-    way = _config.attention_bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias))
+    if dropout_mask is None:
+        dropout_mask = _attention_dropout.chosen_mask(
+            qkv, cu_seqlens, max_seqlen, dropout_p, dropout_seed, dropout_offset
+        )
+    way = _config.attention_bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
     return BACKWARDS[way](
         dout,
         qkv,
@@ -195,4 +212,5 @@ def attention_bwd(
         dropout_seed,
         dropout_offset,
         bias,
+        dropout_mask,
     )

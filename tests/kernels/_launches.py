@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastbert.kernels import (
+    _attention_dropout,
     _config,
     add_layer_norm,
     attention,
@@ -164,14 +165,17 @@ def _feed_forward(n, p):
     return Launch({name: random(n, 64, dtype=DTYPE) for name in ("x", "dy")}, call)
 
 
-def _attention(n, p, way):
+def _attention(n, p, way, mask=False):
     dropout = dropout_args(p)
 
     def call(qkv, dout):
         filler = len(qkv) - ROWS
         lengths = [filler % LONGEST] + filler // LONGEST * [LONGEST] + list(LENGTHS)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
-        site = (cu_seqlens, LONGEST, HEAD_DIM**-0.5, *dropout)
+        site = (cu_seqlens, LONGEST, HEAD_DIM**-0.5, *dropout, None)
+        if mask and p:
+            sizes = LONGEST, len(qkv), HEADS
+            site += (_attention_dropout.dropout_mask(cu_seqlens, *sizes, *dropout),)
         out, lse = attention.attention_fwd(qkv, *site)
         dqkv = attention.BACKWARDS[way](dout, qkv, out, lse, *site)
         return [out, lse.t(), dqkv], []
@@ -204,6 +208,9 @@ LAUNCHES = {
     "attention two_kernels": partial(_attention, way="two_kernels"),
     "attention short": partial(_attention, way="short"),
     "attention one_pass": partial(_attention, way="one_pass"),
+    "attention two_kernels mask": partial(_attention, way="two_kernels", mask=True),
+    "attention short mask": partial(_attention, way="short", mask=True),
+    "attention one_pass mask": partial(_attention, way="one_pass", mask=True),
     "bias_gelu": _bias_gelu,
     "add_layer_norm": _add_layer_norm,
     "add_layer_norm_int8": _add_layer_norm_int8,
@@ -221,7 +228,7 @@ LAUNCHES = {
 def why_not_here(name):
     """Why this GPU does not run that launch; None where it does."""
     arch = _config.capability(torch.empty(0, device=DEVICE))
-    operation, _, way = name.partition(" ")
+    operation, _, way = name.removesuffix(" mask").partition(" ")
     if way in ("short", "one_pass"):
         choose = getattr(_config, f"attention_bwd_{way}")
         if any(choose(HEAD_DIM, DTYPE.itemsize, p, arch) is None for p in (False, True)):

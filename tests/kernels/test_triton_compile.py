@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from fastbert.kernels import _config
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
+# What they read are a few offsets.
+NARROW_LOADS = {"longest_first", "attention_dropout_mask"}
 # A column sum ends with a few values a thread; the loss alone, a rank and a norm's share are one
 # value a row or program.
 NARROW_STORES = {
@@ -42,7 +44,8 @@ def matrix_instruction(row):
         # The small tile is widened to fp16 where e4m3 is for the larger instructions alone.
         large = row["constants"]["BLOCK_M"] >= 64 or row["arch"] == 89
         return {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}[row["arch"]] if large else "HMMA"
-    if not row["kernel"].startswith(("attention", "feed_forward")) or row["dtype"] == "fp32":
+    products = row["kernel"].startswith(("attention", "feed_forward"))
+    if not products or row["kernel"] == "attention_dropout_mask" or row["dtype"] == "fp32":
         return None
     if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64 and row["arch"] >= 80:
         return "HMMA"  # too few keys for the larger instructions
@@ -58,7 +61,7 @@ def check(result):
         wide_load = row["load_bits"] >= 128 or "UTMALDG" in row["copy_engine"]
         wide_store = row["store_bits"] >= 128 or "UTMASTG" in row["copy_engine"]
         of_norms = row["kernel"] == "sum_chunks" and row["case"].startswith("optimizer")
-        assert wide_load or of_norms or row["kernel"] == "longest_first", label
+        assert wide_load or of_norms or row["kernel"] in NARROW_LOADS, label
         few_rows = row["kernel"] == "linear_int8" and row["constants"]["BLOCK_M"] == 16
         assert wide_store or of_norms or few_rows or row["kernel"] in NARROW_STORES, label
         assert row["matrix_instruction"] == matrix_instruction(row), label
