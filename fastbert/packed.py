@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.ops import gather_rows, scatter_rows
+from fastbert.ops import gather_rows, packed_layout, scatter_rows
 
 Tensor = torch.Tensor
 
@@ -72,7 +72,8 @@ class PackedBatch:
         attention_mask: (B, S), nonzero for real tokens, anywhere in a row; None when all are real.
         position_ids: (B, S) or (1, S); None leaves each token its column in the padded row.
         inputs_embeds: (B, S, H) in place of input_ids.
-        On a GPU a mask costs one wait for the device, to learn the lengths.
+        On a GPU a mask costs one wait for the device, to learn the lengths. Inside a graph of
+        torch.compile the batch is a TracedBatch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
@@ -97,17 +98,13 @@ class PackedBatch:
             )
         position_ids = position_ids.expand(rows, columns)
 
-        lengths, indices = _lengths_and_indices(attention_mask, rows, columns)
-        batch = cls(
-            None,
-            None,
-            None,
-            None,
-            _offsets(lengths, given.device),
-            lengths,
-            (rows, columns),
-            indices,
-        )
+        batch: PackedBatch
+        if torch.compiler.is_compiling():
+            batch = _traced(attention_mask, rows, columns, given.device)
+        else:
+            lengths, indices = _lengths_and_indices(attention_mask, rows, columns)
+            offsets = _offsets(lengths, given.device)
+            batch = cls(None, None, None, None, offsets, lengths, (rows, columns), indices)
         return batch.replace(
             input_ids=batch.pack(input_ids),
             token_type_ids=batch.pack(token_type_ids),
@@ -178,7 +175,7 @@ class PackedBatch:
 
     def replace(self, **fields: Any) -> PackedBatch:
         """The same batch with some fields changed."""
-        return PackedBatch(**{**self.__dict__, **fields})
+        return type(self)(**{**self.__dict__, **fields})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -222,6 +219,51 @@ class PackedBatch:
         full = [b for b, n in enumerate(self.lengths) if n]
         full_rows = torch.tensor(full, dtype=torch.int64, device=x.device)
         return scatter_rows(gather_rows(x, starts[full_rows]), full_rows, self.num_sequences)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBatch(PackedBatch):
+    """A padded batch packed inside a graph of torch.compile: only the device learns its lengths.
+
+    T is then a size without a value, which no guard looks at, and one graph serves every mask.
+    lengths: always (); what needs them on the host stays out of such graphs.
+    occupied: (F,) int64, ascending: the sequences that hold a token; None when all do.
+    """
+
+    occupied: Tensor | None
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.padded_shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        rows, columns = self.padded_shape
+        return rows * columns if self.indices is None else self.indices.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.padded_shape[0]
+
+    def first(self, x: Tensor) -> Tensor:
+        starts = self.cu_seqlens[:-1].long()
+        if self.occupied is None:
+            return gather_rows(x, starts)
+        first = gather_rows(x, starts[self.occupied])
+        return scatter_rows(first, self.occupied, self.num_sequences)
+
+
+def _traced(
+    mask: Tensor | None, rows: int, columns: int, device: torch.device
+) -> TracedBatch:
+    indices = occupied = None
+    if mask is None:
+        offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
+    else:
+        indices, offsets, occupied = packed_layout(mask)
+    return TracedBatch(
+        None, None, None, None, offsets, (), (rows, columns), indices, occupied=occupied
+    )
 
 
 def _lengths_and_indices(

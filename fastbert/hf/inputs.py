@@ -59,6 +59,25 @@ def refusal(config: Any, given: Mapping[str, Any]) -> str | None:
     return None
 
 
+def graph_obstacle(family: Family, backbone: Any, given: Mapping[str, Any]) -> str | None:
+    """Why a call with these arguments cannot be part of a graph of torch.compile; None when it can.
+
+    Inside a graph no length is known on the host.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is None and embeds is None:
+        return None  # an error, of which ``read`` says what it is
+    shape = ids.shape if ids is not None else embeds.shape[:-1]
+    may_restart = given.get("position_ids") is not None and given.get("attention_mask") is None
+    if given.get("cu_seq_lens_q") is not None or (may_restart and shape[:-1].numel() == 1):
+        return "a flattened batch, whose lengths are read from its values"
+    if given.get("output_attentions", getattr(backbone.config, "output_attentions", False)):
+        return "output_attentions, which are computed one sequence at a time"
+    if shape[-1] > _most_positions(family, backbone):
+        return "more columns than position embeddings"
+    return None
+
+
 def read(family: Family, backbone: Any, given: Mapping[str, Any]) -> Request:
     """The request that the arguments of a bare model's forward make.
 
@@ -179,14 +198,18 @@ def _roberta_positions(backbone: Any, ids: Tensor | None, source: Tensor) -> Ten
 
 def _check_positions(family: Family, backbone: Any, batch: PackedBatch, flattened: bool) -> None:
     """A sequence longer than the position table, found on the host."""
-    table = find(backbone, tuple(family.embedding_parts["position"].split(".")))
-    limit = table.weight.shape[0]
-    longest = batch.max_seqlen if flattened else batch.padded_shape[1]
-    if family.positions_from_padding:
-        limit -= backbone.embeddings.padding_idx + 1
-        longest = batch.max_seqlen
+    limit = _most_positions(family, backbone)
+    own_length = flattened or family.positions_from_padding
+    longest = batch.max_seqlen if own_length else batch.padded_shape[1]
     if longest > limit:
         raise ValueError(
             f"input_ids: got a sequence of {longest} tokens, expected at most {limit} "
             "(the position embeddings of the model)"
         )
+
+
+def _most_positions(family: Family, backbone: Any) -> int:
+    """The longest sequence that the position table has rows for."""
+    table = find(backbone, tuple(family.embedding_parts["position"].split(".")))
+    rows = int(table.weight.shape[0])
+    return rows - backbone.embeddings.padding_idx - 1 if family.positions_from_padding else rows
