@@ -72,8 +72,7 @@ class PackedBatch:
         attention_mask: (B, S), nonzero for real tokens, anywhere in a row; None when all are real.
         position_ids: (B, S) or (1, S); None leaves each token its column in the padded row.
         inputs_embeds: (B, S, H) in place of input_ids.
-        On a GPU a mask costs one wait for the device, to learn the lengths. Inside a graph of
-        torch.compile the batch is a TracedBatch.
+        On a GPU a mask costs one wait for the device, to learn the lengths.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
@@ -98,19 +97,22 @@ class PackedBatch:
             )
         position_ids = position_ids.expand(rows, columns)
 
-        batch: PackedBatch
-        if torch.compiler.is_compiling():
-            batch = _traced(attention_mask, rows, columns, given.device)
-        else:
-            lengths, indices = _lengths_and_indices(attention_mask, rows, columns)
-            offsets = _offsets(lengths, given.device)
-            batch = cls(None, None, None, None, offsets, lengths, (rows, columns), indices)
+        batch = cls._layout(attention_mask, rows, columns, given.device)
         return batch.replace(
             input_ids=batch.pack(input_ids),
             token_type_ids=batch.pack(token_type_ids),
             position_ids=batch.pack(position_ids),
             inputs_embeds=batch.pack(inputs_embeds),
         )
+
+    @classmethod
+    def _layout(
+        cls, mask: Tensor | None, rows: int, columns: int, device: torch.device
+    ) -> PackedBatch:
+        """The batch of a mask, without its tokens."""
+        lengths, indices = _lengths_and_indices(mask, rows, columns)
+        offsets = _offsets(lengths, device)
+        return cls(None, None, None, None, offsets, lengths, (rows, columns), indices)
 
     @classmethod
     def from_sequences(
@@ -223,14 +225,27 @@ class PackedBatch:
 
 @dataclass(frozen=True, eq=False)
 class TracedBatch(PackedBatch):
-    """A padded batch packed inside a graph of torch.compile: only the device learns its lengths.
+    """A padded batch whose lengths only the device learns: what a graph of torch.compile packs.
 
-    T is then a size without a value, which no guard looks at, and one graph serves every mask.
+    There T is a size without a value, which no guard looks at, and one graph serves every mask.
+    Only ``from_padded`` makes one.
     lengths: always (); what needs them on the host stays out of such graphs.
-    occupied: (F,) int64, ascending: the sequences that hold a token; None when all do.
+    occupied: (F,) int64, ascending: the sequences that hold a token; None when nothing is padded.
     """
 
     occupied: Tensor | None
+
+    @classmethod
+    def _layout(
+        cls, mask: Tensor | None, rows: int, columns: int, device: torch.device
+    ) -> TracedBatch:
+        if mask is None:
+            indices = occupied = None
+            offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
+        else:
+            indices, offsets, occupied = packed_layout(mask)
+        shape = rows, columns
+        return cls(None, None, None, None, offsets, (), shape, indices, occupied)
 
     @property
     def max_seqlen(self) -> int:
@@ -251,19 +266,6 @@ class TracedBatch(PackedBatch):
             return gather_rows(x, starts)
         first = gather_rows(x, starts[self.occupied])
         return scatter_rows(first, self.occupied, self.num_sequences)
-
-
-def _traced(
-    mask: Tensor | None, rows: int, columns: int, device: torch.device
-) -> TracedBatch:
-    indices = occupied = None
-    if mask is None:
-        offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
-    else:
-        indices, offsets, occupied = packed_layout(mask)
-    return TracedBatch(
-        None, None, None, None, offsets, (), (rows, columns), indices, occupied=occupied
-    )
 
 
 def _lengths_and_indices(

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from fastbert.hf import inputs
-from fastbert.hf.families import Family
 from fastbert.hf.inputs import Request
-from fastbert.hf.layer import FusedLayer, ModelPass
+from fastbert.hf.layer import FusedLayer, ModelPass, checkpoints
 from fastbert.hf.parts import (
     embedding_parts,
     embeddings_obstacle,
@@ -128,8 +127,10 @@ class FusedBackbone(Replacement):
         if request.attentions:
             self.note(_ATTENTIONS)
         with _nothing_captured():
-            x = self._embed(request, run)
             layers = self.family.layers(backbone)
+            if torch.compiler.is_compiling() and any(map(checkpoints, layers)):
+                run.draw()  # a checkpoint in a graph may change nothing outside of itself
+            x = self._embed(request, run)
             x, hidden = run_layers(layers, x, batch, run, request.hidden_states)
         return Encoded(x, self._pool(batch, x), hidden, run.attentions)
 
@@ -140,7 +141,9 @@ class FusedBackbone(Replacement):
         if obstacle is None:
             x = embed(parts, request.batch, run, training=True)
             if request.batch.input_ids is not None and must_require_grad(parts.word):
-                return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
+                # Checkpoints in a graph of torch.compile do without.
+                eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                return x.requires_grad_() if eager and x.is_leaf else x
             return x
         self.note(obstacle)
         padded = dict(request.padded)

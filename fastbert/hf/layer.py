@@ -33,9 +33,13 @@ class ModelPass:
     def dropout_seed(self) -> Tensor:
         """int64 (1,), from torch's generator of the device."""
         if self._seed is None:
-            span = (-(2**63), 2**63 - 1)
-            self._seed = torch.randint(*span, (1,), dtype=torch.int64, device=self.device)
+            self.draw()
+        assert self._seed is not None
         return self._seed
+
+    def draw(self) -> None:
+        span = (-(2**63), 2**63 - 1)
+        self._seed = torch.randint(*span, (1,), dtype=torch.int64, device=self.device)
 
 
 class FusedLayer(Replacement):
@@ -46,12 +50,11 @@ class FusedLayer(Replacement):
             return self.original(*args, **kwargs)
         layer: Any = self.module
         cls: Any = type(layer)
-        checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training
-        if checkpointing and not _checkpoints_in_call(cls):
+        if checkpoints(layer) and not _checkpoints_in_call(cls):
             return layer._gradient_checkpointing_func(self._packed, *args)
         return self._packed(*args)
 
-    @torch.compiler.assume_constant_result  # hooks set after a compilation are not seen, as in torch
+    @torch.compiler.assume_constant_result  # later hooks go unseen, as in torch
     def obstacle(self) -> str | None:
         return layer_obstacle(self.family, self.module)
 
@@ -87,6 +90,11 @@ class FusedLayer(Replacement):
         y = rows.pack(self.original(padded, mask))
         assert y is not None
         return y
+
+
+def checkpoints(layer: Any) -> bool:
+    """True for a layer that gradient checkpointing computes again in backward."""
+    return bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
 
 
 @torch.compiler.assume_constant_result

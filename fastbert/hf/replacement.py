@@ -75,18 +75,31 @@ class Replacement:
             raise BackendError(f"{name}: strict mode, and the call cannot be fused: {reason}")
         self._count(reason)
 
+    def between_graphs(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that torch.compile meets and cannot make part of a graph: as it is without it.
+
+        An error of torch.compile with fullgraph=True, after the reason has been logged.
+        """
+        self._say("runs between two graphs of torch.compile", reason)
+        return self._outside(reason, args, kwargs)
+
+    @torch.compiler.disable(reason="fastbert has logged why this call is no part of a graph")
+    def _outside(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.breaks[reason] = self.breaks.get(reason, 0) + 1
+        call: Any = self
+        return call(*args, **kwargs)
+
+    # To torch.compile these two are constants: they run when a graph is traced, and no guard looks
+    # at the counts, which change with every call.
+
     @torch.compiler.assume_constant_result
     def _count(self, reason: str) -> None:
-        """A constant to torch.compile: no guard looks at the counts, which change with each call."""
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
-        _warn_once(f"{type(self.module).__name__} takes Hugging Face's own path", reason)
+        self._say("takes Hugging Face's own path", reason)
 
-    @torch.compiler.disable
-    def between_graphs(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that torch.compile cannot make part of a graph, as it would run without it."""
-        self.breaks[reason] = self.breaks.get(reason, 0) + 1
-        _warn_once(f"{type(self.module).__name__} runs between two graphs of torch.compile", reason)
-        return self(*args, **kwargs)
+    @torch.compiler.assume_constant_result
+    def _say(self, what: str, reason: str) -> None:
+        _warn_once(type(self.module).__name__, what, reason)
 
     def install(self) -> None:
         attributes = self.module.__dict__
@@ -117,8 +130,8 @@ def replacement_of(module: nn.Module) -> Replacement | None:
 
 
 @functools.cache
-def _warn_once(what: str, reason: str) -> None:
-    _log.warning("%s: %s", what, reason)
+def _warn_once(name: str, what: str, reason: str) -> None:
+    _log.warning("%s %s: %s", name, what, reason)
 
 
 @functools.cache

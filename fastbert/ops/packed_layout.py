@@ -1,4 +1,4 @@
-"""packed_layout: where the real tokens of a padded batch stand, read from its mask on the device."""
+"""packed_layout: where the real tokens of a padded batch stand, by its mask on the device."""
 
 from __future__ import annotations
 

@@ -73,7 +73,14 @@ def check_same(compiled: Any, eager: Any, batch: dict[str, Any], **kwargs: Any) 
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+# A graph takes seconds to trace: in short, every kind of head once, on the family of most heads.
+_ALL = [
+    name if name.startswith("Bert") else pytest.param(name, marks=pytest.mark.slow)
+    for name in MODEL_NAMES
+]
+
+
+@pytest.mark.parametrize("name", _ALL)
 def test_one_graph_for_every_mask(name: str) -> None:
     """In training, with the dropout that eager mode draws from the same seed."""
     _, ours = small_pair(name, dropout=0.2)
@@ -180,6 +187,7 @@ def test_autocast() -> None:
             torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
 def test_linears_with_a_lora() -> None:
     name = "BertForSequenceClassification"
     original, ours = small_pair(name, problem_type="single_label_classification")
@@ -205,9 +213,13 @@ def test_what_is_left_alone(path: str) -> None:
     assert (path == "pooler") or f"{path.rpartition('.')[2]} has hooks" in str(explain(compiled))
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
 def test_gradient_checkpointing() -> None:
-    _, ours = small_pair("BertForMaskedLM", dropout=0.2)
+    """With frozen embeddings whose dropout is off: the first seed is asked for in a checkpoint."""
+    _, ours = small_pair("BertForMaskedLM", attention_probs_dropout_prob=0.2)
     ours.train().gradient_checkpointing_enable({"use_reentrant": False})
+    ours.bert.embeddings.requires_grad_(False)
+    ours.enable_input_require_grads()
     compiled = compiled_in_place(ours)
     check_same(compiled, ours, batch_for("BertForMaskedLM"))
     with no_recompilation():
@@ -235,7 +247,9 @@ def test_what_runs_between_two_graphs(
         torch.testing.assert_close(compiled(**given).to_tuple(), ours(**given).to_tuple())
     (row,) = (row for row in explain(ours).rows if row["takes"] == "between graphs")
     assert reason in row["what"] and row["why"].startswith("2 ")
-    with pytest.raises(Exception, match=reason):
+    assert reason in caplog.text
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="fastbert has logged why"):
         torch.compile(ours, backend=BACKEND, fullgraph=True)(**given)
 
 
