@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.ops import gather_rows, scatter_rows
+from fastbert.ops import gather_rows, packed_layout, scatter_rows
 
 Tensor = torch.Tensor
 
@@ -97,23 +97,22 @@ class PackedBatch:
             )
         position_ids = position_ids.expand(rows, columns)
 
-        lengths, indices = _lengths_and_indices(attention_mask, rows, columns)
-        batch = cls(
-            None,
-            None,
-            None,
-            None,
-            _offsets(lengths, given.device),
-            lengths,
-            (rows, columns),
-            indices,
-        )
+        batch = cls._layout(attention_mask, rows, columns, given.device)
         return batch.replace(
             input_ids=batch.pack(input_ids),
             token_type_ids=batch.pack(token_type_ids),
             position_ids=batch.pack(position_ids),
             inputs_embeds=batch.pack(inputs_embeds),
         )
+
+    @classmethod
+    def _layout(
+        cls, mask: Tensor | None, rows: int, columns: int, device: torch.device
+    ) -> PackedBatch:
+        """The batch of a mask, without its tokens."""
+        lengths, indices = _lengths_and_indices(mask, rows, columns)
+        offsets = _offsets(lengths, device)
+        return cls(None, None, None, None, offsets, lengths, (rows, columns), indices)
 
     @classmethod
     def from_sequences(
@@ -178,7 +177,7 @@ class PackedBatch:
 
     def replace(self, **fields: Any) -> PackedBatch:
         """The same batch with some fields changed."""
-        return PackedBatch(**{**self.__dict__, **fields})
+        return type(self)(**{**self.__dict__, **fields})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -222,6 +221,51 @@ class PackedBatch:
         full = [b for b, n in enumerate(self.lengths) if n]
         full_rows = torch.tensor(full, dtype=torch.int64, device=x.device)
         return scatter_rows(gather_rows(x, starts[full_rows]), full_rows, self.num_sequences)
+
+
+@dataclass(frozen=True, eq=False)
+class TracedBatch(PackedBatch):
+    """A padded batch whose lengths only the device learns: what a graph of torch.compile packs.
+
+    There T is a size without a value, which no guard looks at, and one graph serves every mask.
+    Only ``from_padded`` makes one.
+    lengths: always (); what needs them on the host stays out of such graphs.
+    occupied: (F,) int64, ascending: the sequences that hold a token; None when nothing is padded.
+    """
+
+    occupied: Tensor | None
+
+    @classmethod
+    def _layout(
+        cls, mask: Tensor | None, rows: int, columns: int, device: torch.device
+    ) -> TracedBatch:
+        if mask is None:
+            indices = occupied = None
+            offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
+        else:
+            indices, offsets, occupied = packed_layout(mask)
+        shape = rows, columns
+        return cls(None, None, None, None, offsets, (), shape, indices, occupied)
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.padded_shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        rows, columns = self.padded_shape
+        return rows * columns if self.indices is None else self.indices.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.padded_shape[0]
+
+    def first(self, x: Tensor) -> Tensor:
+        starts = self.cu_seqlens[:-1].long()
+        if self.occupied is None:
+            return gather_rows(x, starts)
+        first = gather_rows(x, starts[self.occupied])
+        return scatter_rows(first, self.occupied, self.num_sequences)
 
 
 def _lengths_and_indices(

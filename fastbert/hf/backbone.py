@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from fastbert.hf import inputs
-from fastbert.hf.families import Family
 from fastbert.hf.inputs import Request
-from fastbert.hf.layer import FusedLayer, ModelPass
+from fastbert.hf.layer import FusedLayer, ModelPass, checkpoints
 from fastbert.hf.parts import (
     embedding_parts,
     embeddings_obstacle,
@@ -49,24 +48,27 @@ class Encoded(NamedTuple):
 class FusedBackbone(Replacement):
     """Same arguments and outputs as the original forward; a Request gives an Encoded instead.
 
-    torch.compile runs this as it is, between two graphs: the number of tokens depends on the mask's
-    values, so every batch would be a compilation of its own.
+    torch.compile traces it into one graph for all masks, but for the calls of
+    ``inputs.graph_obstacle``.
     """
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Request):
             return self._encode(args[0])
         if not self.active:
             return self.original(*args, **kwargs)
         given = bind(self.module, args, kwargs)
+        if torch.compiler.is_compiling():
+            reason = inputs.graph_obstacle(self.family, self.module, given)
+            if reason is not None:
+                return self.between_graphs(reason, args, kwargs)
         reason = self.refusal(given)
         if reason is not None:
             self.note(reason)
             return self.original(*args, **kwargs)
         request = self.read(given)
         encoded = self._encode(request)
-        output = output_class(self.family, self.family.output)(
+        output = output_class(self.family.module, self.family.output)(
             last_hidden_state=unpacked(self.module, request.batch, encoded.tokens),
             **({} if self.family.pool is None else {"pooler_output": encoded.pooled}),
         )
@@ -125,8 +127,10 @@ class FusedBackbone(Replacement):
         if request.attentions:
             self.note(_ATTENTIONS)
         with _nothing_captured():
-            x = self._embed(request, run)
             layers = self.family.layers(backbone)
+            if torch.compiler.is_compiling() and any(map(checkpoints, layers)):
+                run.draw()  # a checkpoint in a graph may change nothing outside of itself
+            x = self._embed(request, run)
             x, hidden = run_layers(layers, x, batch, run, request.hidden_states)
         return Encoded(x, self._pool(batch, x), hidden, run.attentions)
 
@@ -137,7 +141,9 @@ class FusedBackbone(Replacement):
         if obstacle is None:
             x = embed(parts, request.batch, run, training=True)
             if request.batch.input_ids is not None and must_require_grad(parts.word):
-                return x.requires_grad_() if torch.is_grad_enabled() and x.is_leaf else x
+                # Checkpoints in a graph of torch.compile do without.
+                eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+                return x.requires_grad_() if eager and x.is_leaf else x
             return x
         self.note(obstacle)
         padded = dict(request.padded)
@@ -161,9 +167,10 @@ class FusedBackbone(Replacement):
         return pooler(batch.unpack(x))  # a pooler of the user's own may read every token
 
 
-def output_class(family: Family, name: str) -> Any:
-    """An output class, from the module of the family's models: it imports all that they return."""
-    return getattr(importlib.import_module(family.module), name)
+@torch.compiler.assume_constant_result
+def output_class(module: str, name: str) -> Any:
+    """An output class, from the module of a family's models: it imports all that they return."""
+    return getattr(importlib.import_module(module), name)
 
 
 def unpacked(backbone: Any, batch: PackedBatch, x: Tensor) -> Tensor:
@@ -189,9 +196,10 @@ def extra_outputs(backbone: Any, request: Request, encoded: Encoded) -> dict[str
 @contextmanager
 def _nothing_captured() -> Iterator[None]:
     """Layers inside are not recorded by an outer transformers model that captures its own."""
-    capturing = importlib.import_module("transformers.utils.output_capturing")
-    token = capturing._active_collector.set({})
+    from transformers.utils.output_capturing import _active_collector  # Dynamo knows this import
+
+    token = _active_collector.set({})
     try:
         yield
     finally:
-        capturing._active_collector.reset(token)
+        _active_collector.reset(token)

@@ -53,7 +53,8 @@ class Explanation(Table):
     """What ``explain`` returns.
 
     rows: dicts of where (a module, or "device dtype" for an op), what (a class, a part or an op),
-        takes ("packed", "original", "as it is" or a backend) and why (not a better one).
+        takes ("packed", "original", "as it is", "between graphs" or a backend) and why (not a
+        better one).
     """
 
     columns = _COLUMNS
@@ -77,6 +78,8 @@ def explain(model: nn.Module) -> Explanation:
     for name, replacement in replacements(model):
         for reason, count in replacement.fallbacks.items():
             rows.append(_row(name, reason, "original", f"{count} calls so far"))
+        for reason, count in replacement.breaks.items():
+            rows.append(_row(name, reason, "between graphs", f"{count} compiled calls so far"))
     for kind, dtype, config in _kinds(backbones):
         rows.extend(_op_rows(kind, dtype, config))
     title = f"{type(model).__name__} ({', '.join(sorted({f.name for _, _, f in backbones}))})"

@@ -227,8 +227,13 @@ def known_class(module: Any) -> str | None:
     return _known_class(cls)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _known_class(cls: Any) -> str | None:
+    return _cached_known_class(cls)
+
+
+@functools.cache
+def _cached_known_class(cls: Any) -> str | None:
     forward = inspect.unwrap(cls.forward)
     known = None
     for base in cls.__mro__:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.hf import losses
+from fastbert.hf import inputs, losses
 from fastbert.hf.backbone import Encoded, FusedBackbone, extra_outputs, output_class
 from fastbert.hf.families import Family, find
 from fastbert.hf.inputs import Request
@@ -39,7 +39,7 @@ class FusedTask(Replacement):
 
     skip_logits: a language model that is given labels computes its loss from the labelled rows
         alone and returns None for the vocabulary logits.
-    torch.compile leaves it alone like the FusedBackbone.
+    torch.compile traces it like the FusedBackbone.
     """
 
     def __init__(
@@ -53,18 +53,21 @@ class FusedTask(Replacement):
     def task(self) -> Task:
         return TASKS[self.task_name][1]
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.original(*args, **kwargs)
         model: Any = self.module
         given = bind(model, args, kwargs)
+        backbone = getattr(model, self.family.prefix)
+        if torch.compiler.is_compiling():
+            reason = inputs.graph_obstacle(self.family, backbone, given)
+            if reason is not None:
+                return self.between_graphs(reason, args, kwargs)
         labels = {n: x for n in _LABELS if (x := given.pop(n, None)) is not None}
         return_dict = given.pop("return_dict", None)
         choices = 0
         if self.task.kind == "multiple_choice":
             given, choices = _flatten_choices(given)
-        backbone = getattr(model, self.family.prefix)
         reason = self.obstacle()
         if reason is not None:
             self.note(reason)
@@ -76,10 +79,11 @@ class FusedTask(Replacement):
         call = _Call(model, self.family, self.task, request, encoded, labels, choices)
         fields = _KINDS[self.task.kind](call, self.skip_logits)
         fields.update(extra_outputs(backbone, request, encoded))
-        output = output_class(self.family, self.task.output)(**fields)
+        output = output_class(self.family.module, self.task.output)(**fields)
         as_dict = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
+    @torch.compiler.assume_constant_result
     def obstacle(self) -> str | None:
         """Why this model's head cannot read packed rows; None when it can."""
         family, task, model = self.family, self.task, self.module

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastbert.hf.families import Family, find
-from fastbert.packed import PackedBatch
+from fastbert.packed import PackedBatch, TracedBatch
 
 Tensor = torch.Tensor
 _log = logging.getLogger("fastbert")
@@ -45,7 +45,7 @@ def refusal(config: Any, given: Mapping[str, Any]) -> str | None:
     """Why the packed path cannot serve these arguments; None when it can."""
     if getattr(config, "is_decoder", False):
         return "the model is a decoder (config.is_decoder)"
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if _is_exported():
         return "the model is being traced or exported"
     for name, value in given.items():
         if name not in _KNOWN and value is not None and value is not False:
@@ -56,6 +56,33 @@ def refusal(config: Any, given: Mapping[str, Any]) -> str | None:
     hidden = given.get("output_hidden_states")
     if hidden is not None and not isinstance(hidden, bool):
         return "output_hidden_states selects layers"
+    return None
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes every graph for an export
+def _is_exported() -> bool:
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def graph_obstacle(family: Family, backbone: Any, given: Mapping[str, Any]) -> str | None:
+    """Why a call with these arguments cannot be part of a graph of torch.compile; None when it can.
+
+    Inside a graph no length is known on the host.
+    """
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        shape = ids.shape
+    elif embeds is not None:
+        shape = embeds.shape[:-1]
+    else:
+        return None  # an error, of which ``read`` says what it is
+    may_restart = given.get("position_ids") is not None and given.get("attention_mask") is None
+    if given.get("cu_seq_lens_q") is not None or (may_restart and shape[:-1].numel() == 1):
+        return "a flattened batch, whose lengths are read from its values"
+    if given.get("output_attentions", getattr(backbone.config, "output_attentions", False)):
+        return "output_attentions, which are computed one sequence at a time"
+    if shape[-1] > _most_positions(family, backbone):
+        return "more columns than position embeddings"
     return None
 
 
@@ -79,7 +106,8 @@ def read(family: Family, backbone: Any, given: Mapping[str, Any]) -> Request:
         if padded["position_ids"] is None and family.positions_from_padding:
             padded["position_ids"] = _roberta_positions(backbone, ids, source)
         mask = None if mask is None else mask.to(source.device)
-        batch = PackedBatch.from_padded(attention_mask=mask, **padded)
+        kind = TracedBatch if torch.compiler.is_compiling() else PackedBatch
+        batch = kind.from_padded(attention_mask=mask, **padded)
     else:
         del padded["attention_mask"]
         batch = _flat_batch(family, backbone, padded, lengths)
@@ -179,14 +207,18 @@ def _roberta_positions(backbone: Any, ids: Tensor | None, source: Tensor) -> Ten
 
 def _check_positions(family: Family, backbone: Any, batch: PackedBatch, flattened: bool) -> None:
     """A sequence longer than the position table, found on the host."""
-    table = find(backbone, tuple(family.embedding_parts["position"].split(".")))
-    limit = table.weight.shape[0]
-    longest = batch.max_seqlen if flattened else batch.padded_shape[1]
-    if family.positions_from_padding:
-        limit -= backbone.embeddings.padding_idx + 1
-        longest = batch.max_seqlen
+    limit = _most_positions(family, backbone)
+    own_length = flattened or family.positions_from_padding
+    longest = batch.max_seqlen if own_length else batch.padded_shape[1]
     if longest > limit:
         raise ValueError(
             f"input_ids: got a sequence of {longest} tokens, expected at most {limit} "
             "(the position embeddings of the model)"
         )
+
+
+def _most_positions(family: Family, backbone: Any) -> int:
+    """The longest sequence that the position table has rows for."""
+    table = find(backbone, tuple(family.embedding_parts["position"].split(".")))
+    rows = int(table.weight.shape[0])
+    return rows - backbone.embeddings.padding_idx - 1 if family.positions_from_padding else rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from fastbert.hf.parts import layer_obstacle, layer_parts, left_alone
 from fastbert.hf.replacement import Replacement
 from fastbert.nn.layer import encoder_layer
-from fastbert.packed import PackedBatch
+from fastbert.packed import PackedBatch, TracedBatch
 
 Tensor = torch.Tensor
 
@@ -35,9 +33,13 @@ class ModelPass:
     def dropout_seed(self) -> Tensor:
         """int64 (1,), from torch's generator of the device."""
         if self._seed is None:
-            span = (-(2**63), 2**63 - 1)
-            self._seed = torch.randint(*span, (1,), dtype=torch.int64, device=self.device)
+            self.draw()
+        assert self._seed is not None
         return self._seed
+
+    def draw(self) -> None:
+        span = (-(2**63), 2**63 - 1)
+        self._seed = torch.randint(*span, (1,), dtype=torch.int64, device=self.device)
 
 
 class FusedLayer(Replacement):
@@ -48,11 +50,11 @@ class FusedLayer(Replacement):
             return self.original(*args, **kwargs)
         layer: Any = self.module
         cls: Any = type(layer)
-        checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training
-        if checkpointing and not _checkpoints_in_call(cls):
+        if checkpoints(layer) and not _checkpoints_in_call(cls):
             return layer._gradient_checkpointing_func(self._packed, *args)
         return self._packed(*args)
 
+    @torch.compiler.assume_constant_result  # later hooks go unseen, as in torch
     def obstacle(self) -> str | None:
         return layer_obstacle(self.family, self.module)
 
@@ -70,23 +72,32 @@ class FusedLayer(Replacement):
 
     def _padded(self, x: Tensor, batch: PackedBatch, config: Any) -> Tensor:
         """The original forward on sequences padded to the longest; empty ones stay out of it."""
-        lengths = [n for n in batch.lengths if n]
-        if not lengths:
-            return x
-        rows = PackedBatch.from_flat(None, lengths, inputs_embeds=x)
+        from transformers.masking_utils import create_bidirectional_mask
+
+        if isinstance(batch, TracedBatch):
+            rows: PackedBatch = batch
+            real = batch.unpack(torch.ones_like(x[:, 0])) != 0
+            real = real | ~real.any(1, keepdim=True)  # no row without a key, whose softmax is NaN
+        else:
+            lengths = [n for n in batch.lengths if n]
+            if not lengths:
+                return x
+            rows = PackedBatch.from_flat(None, lengths, inputs_embeds=x)
+            columns = torch.arange(rows.padded_shape[1], device=x.device)
+            real = columns < torch.tensor(lengths, device=x.device)[:, None]
         padded = rows.unpack(x)
-        columns = torch.arange(padded.shape[1], device=x.device)
-        real = columns < torch.tensor(lengths, device=x.device)[:, None]
-        masking = importlib.import_module("transformers.masking_utils")
-        mask = masking.create_bidirectional_mask(
-            config=config, inputs_embeds=padded, attention_mask=real
-        )
+        mask = create_bidirectional_mask(config=config, inputs_embeds=padded, attention_mask=real)
         y = rows.pack(self.original(padded, mask))
         assert y is not None
         return y
 
 
-@functools.cache
+def checkpoints(layer: Any) -> bool:
+    """True for a layer that gradient checkpointing computes again in backward."""
+    return bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
+
+
+@torch.compiler.assume_constant_result
 def _checkpoints_in_call(cls: Any) -> bool:
     """True where gradient checkpointing wraps the class's ``__call__``, and so us (5.17).
 

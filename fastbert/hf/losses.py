@@ -16,7 +16,7 @@ from fastbert.hf.families import Family, find
 from fastbert.hf.parts import is_hooked
 from fastbert.hf.tasks import Task, paths
 from fastbert.nn.layer import is_plain_linear
-from fastbert.ops import gather_rows, linear_cross_entropy
+from fastbert.ops import gather_rows, linear_cross_entropy, packed_layout
 
 Tensor = torch.Tensor
 IGNORED = -100
@@ -69,7 +69,11 @@ def labelled_rows(model: Any, family: Family, task: Task, tokens: Tensor, labels
     tokens: (T, H).  labels: (T,).  A decoder that is a plain Linear never makes its (M, V) logits
     either; anything else does, for those M rows. Finding the rows costs one wait for the device.
     """
-    index = (labels != IGNORED).nonzero().flatten()
+    counts = labels != IGNORED
+    if torch.compiler.is_compiling():
+        index = packed_layout(counts[None])[0]
+    else:
+        index = counts.nonzero().flatten()
     rows, labels = gather_rows(tokens, index), labels[index]
     containers = (find(model, p[:n]) for p in paths(task.transform) for n in range(1, len(p)))
     splits = all(family.owns(m) and not is_hooked(m) for m in containers)

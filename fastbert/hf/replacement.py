@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastbert.hf.families import FAMILIES, Family
@@ -28,7 +29,9 @@ class Replacement:
 
     active: False hands every call to the original forward, uncounted.
     strict: True raises where a call would take the original forward.
-    fallbacks: reason -> how often a call took the original forward, or a part of it.
+    fallbacks: reason -> how often a call took the original forward, or a part of it. In a graph of
+        torch.compile that is counted once, when the graph is traced.
+    breaks: reason -> how often a call under torch.compile ran between two graphs.
     """
 
     def __init__(self, module: nn.Module, family: Family, strict: bool = False) -> None:
@@ -37,6 +40,7 @@ class Replacement:
         self.strict = strict
         self.active = True
         self.fallbacks: dict[str, int] = {}
+        self.breaks: dict[str, int] = {}
 
     @property
     def family(self) -> Family:
@@ -66,11 +70,36 @@ class Replacement:
 
     def note(self, reason: str) -> None:
         """Count a call that is not fused and say so once; an error in strict mode."""
-        name = type(self.module).__name__
         if self.strict:
+            name = type(self.module).__name__
             raise BackendError(f"{name}: strict mode, and the call cannot be fused: {reason}")
+        self._count(reason)
+
+    def between_graphs(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that torch.compile meets and cannot make part of a graph: as it is without it.
+
+        An error of torch.compile with fullgraph=True, after the reason has been logged.
+        """
+        self._say("runs between two graphs of torch.compile", reason)
+        return self._outside(reason, args, kwargs)
+
+    @torch.compiler.disable(reason="fastbert has logged why this call is no part of a graph")
+    def _outside(self, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.breaks[reason] = self.breaks.get(reason, 0) + 1
+        call: Any = self
+        return call(*args, **kwargs)
+
+    # To torch.compile these two are constants: they run when a graph is traced, and no guard looks
+    # at the counts, which change with every call.
+
+    @torch.compiler.assume_constant_result
+    def _count(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
-        _warn_once(name, reason)
+        self._say("takes Hugging Face's own path", reason)
+
+    @torch.compiler.assume_constant_result
+    def _say(self, what: str, reason: str) -> None:
+        _warn_once(type(self.module).__name__, what, reason)
 
     def install(self) -> None:
         attributes = self.module.__dict__
@@ -101,8 +130,8 @@ def replacement_of(module: nn.Module) -> Replacement | None:
 
 
 @functools.cache
-def _warn_once(name: str, reason: str) -> None:
-    _log.warning("%s takes Hugging Face's own path: %s", name, reason)
+def _warn_once(name: str, what: str, reason: str) -> None:
+    _log.warning("%s %s: %s", name, what, reason)
 
 
 @functools.cache
@@ -111,8 +140,13 @@ def _bound_signature(cls: Any) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _positional_names(cls: Any) -> tuple[str, ...]:
+    return _cached_names(cls)
+
+
+@functools.cache
+def _cached_names(cls: Any) -> tuple[str, ...]:
     parameters = _bound_signature(cls).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 

@@ -10,6 +10,7 @@ from fastbert.ops.linear import linear
 from fastbert.ops.linear_cross_entropy import linear_cross_entropy
 from fastbert.ops.linear_fp8 import linear_fp8, quantize_rows_fp8
 from fastbert.ops.linear_int8 import column_sums, linear_int8, quantize_rows
+from fastbert.ops.packed_layout import packed_layout
 from fastbert.ops.qkv_linear import qkv_linear
 from fastbert.ops.rows import gather_rows, scatter_rows
 
@@ -30,6 +31,7 @@ __all__ = [
     "column_sums",
     "linear_fp8",
     "linear_int8",
+    "packed_layout",
     "qkv_linear",
     "quantize_rows",
     "quantize_rows_fp8",

@@ -45,7 +45,8 @@ def test_every_public_function_has_a_sample() -> None:
     # Not differentiable: the tests of eight bits in one graph compile them.
     int8 = {"quantize_rows", "linear_int8", "column_sums", "add_layer_norm_int8"}
     fp8 = {"quantize_rows_fp8", "linear_fp8"}
-    assert functions - {"choices", "use_backend"} - int8 - fp8 == set(NAMES)
+    layout = {"packed_layout"}  # has tests of its own
+    assert functions - {"choices", "use_backend"} - int8 - fp8 - layout == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,7 @@ def library_calls(p: float) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "gather_rows_bwd", (draw(3, 6), index, 7)
     yield "scatter_rows", (leaf(3, 6), index, 7)
     yield "scatter_rows_bwd", (grad, index)
+    yield "packed_layout", (torch.tensor([[1, 0, 2], [0, 0, 0], [0, 1, 1]]),)
     yield "linear_cross_entropy", (x, leaf(5, 6), leaf(5), ids, 4, True)
     yield "linear_cross_entropy", (x, leaf(5, 6), None, ids, 4, False)
     yield "quantize_rows", (draw(7, 6),)
