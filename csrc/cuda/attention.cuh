@@ -37,6 +37,15 @@ struct AttentionBlock {
     length = p.cu_seqlens[sequence + 1] - start;
   }
 
+  /// The same, of which the compiler knows that all lanes agree: what follows from it, addresses and
+  /// trip counts, goes to the registers that a warp has once.
+  __device__ __forceinline__ AttentionBlock of_warp() const {
+    AttentionBlock same = *this;
+    same.start = __shfl_sync(kFullWarp, start, 0);
+    same.length = __shfl_sync(kFullWarp, length, 0);
+    return same;
+  }
+
   /// The block's query, key and value vectors: (length, head_dim) each, `row_stride` apart.
   template <typename T>
   __device__ __forceinline__ const T* input(const AttentionForward& p, int which) const {
@@ -47,11 +56,14 @@ struct AttentionBlock {
     return static_cast<int64_t>(3) * p.heads * p.head_dim;
   }
 
-  /// The output vector of query `query` of the sequence.
+  /// The output vector of query `query` of the sequence; the next one's is `output_stride` on.
   template <typename T>
   __device__ __forceinline__ T* output(const AttentionForward& p, int query) const {
     const int64_t row = static_cast<int64_t>(start + query);
     return static_cast<T*>(p.out) + (row * p.heads + head) * p.head_dim;
+  }
+  __device__ __forceinline__ static int64_t output_stride(const AttentionForward& p) {
+    return static_cast<int64_t>(p.heads) * p.head_dim;
   }
   __device__ __forceinline__ float* lse(const AttentionForward& p, int query) const {
     return p.lse + head * p.tokens + start + query;

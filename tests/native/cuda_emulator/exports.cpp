@@ -34,5 +34,7 @@ auto* add_layer_norm_fwd = &Export<fastbert::cuda::add_layer_norm_fwd>::call;
 auto* add_layer_norm_bwd = &Export<fastbert::cuda::add_layer_norm_bwd>::call;
 // These cannot fail.
 auto* bias_gelu_bwd_workspace = &fastbert::cuda::bias_gelu_bwd_workspace;
+auto* has_wgmma = &fastbert::cuda::has_wgmma;
+auto* allow_wgmma = &fastbert::cuda::allow_wgmma;
 auto* add_layer_norm_bwd_workspace = &fastbert::cuda::add_layer_norm_bwd_workspace;
 }
