@@ -79,7 +79,7 @@ void launch_any(AttentionForward p, int64_t batch, int64_t max_seqlen, cudaStrea
 }  // namespace
 
 bool has_wgmma() {
-#ifdef FASTBERT_SM_90A
+#ifdef FASTBERT_SM_90A  // given by setup.py when that is among the targets
   int device, major, minor;
   check(cudaGetDevice(&device), kOp);
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);

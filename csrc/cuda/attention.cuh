@@ -37,15 +37,6 @@ struct AttentionBlock {
     length = p.cu_seqlens[sequence + 1] - start;
   }
 
-  /// The same, of which the compiler knows that all lanes agree: what follows from it, addresses and
-  /// trip counts, goes to the registers that a warp has once.
-  __device__ __forceinline__ AttentionBlock of_warp() const {
-    AttentionBlock same = *this;
-    same.start = __shfl_sync(kFullWarp, start, 0);
-    same.length = __shfl_sync(kFullWarp, length, 0);
-    return same;
-  }
-
   /// The block's query, key and value vectors: (length, head_dim) each, `row_stride` apart.
   template <typename T>
   __device__ __forceinline__ const T* input(const AttentionForward& p, int which) const {

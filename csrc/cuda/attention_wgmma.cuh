@@ -1,4 +1,19 @@
-// Attention forward for Hopper (wgmma, sm_90a) in bf16 and fp16, head dimensions 64 and 128.
+// Attention forward for Hopper (wgmma, sm_90a) in bf16 and fp16, head dimensions 64 and 128, after
+// FlashAttention-3 (Shah et al. 2024, section 3.2): the products of the next scores and of P V go to
+// the tensor cores together, and the softmax of the next scores runs beside P V.
+//
+// Counted for 64 dimensions, a warpgroup's 64 queries and a tile of 64 keys, per SM:
+//   MMA     8 wgmma of 64 × 64 × 16 at 2048 multiply-adds a cycle            256 cycles
+//   exp     64 × 64 at 16 a cycle                                            256
+//   shared  Q, K and V read, half of K and V written: 32 KB at 128 B         256
+//   issue   301 instructions a warp, 678 with dropout, one a scheduler       301, 678
+// 350 TFLOP/s are 724 cycles a tile, at the 1.83 GHz of the datasheet's 989. In one warpgroup these
+// come mostly one after another, so that an SM needs several: two blocks of two, with 114 registers
+// a thread (128 with dropout, all there are) and 64 KB of shared memory a block. Blocks of 128
+// queries read 1/128 byte of keys and values a FLOP, 2.7 TB/s at that rate, which L2 has.
+//
+// For 128 dimensions and tiles of 128 keys, MMA 1024 cycles, exp 512, shared 1024: one block, with 210
+// registers (254) and 224 KB.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -39,7 +54,7 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
     attention_fwd_wgmma_kernel(const AttentionForward p) {
 #ifdef FASTBERT_WGMMA_CODE
   using Tile = AttentionWgmmaTile<T, kHeadDim>;
-  const AttentionBlock block = AttentionBlock(p).of_warp();
+  const AttentionBlock block(p);
   const int first_query = block.tile * Tile::kQueries;
   if (first_query >= block.length) return;
 
@@ -78,8 +93,27 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
   fence_async_proxy();
   __syncthreads();
 
+  uint32_t stage = 0;
+  const auto next = [](uint32_t offset) {
+    return offset == (Tile::kStages - 1) * Tile::kStageBytes ? 0 : offset + Tile::kStageBytes;
+  };
+  // To the tile of keys from `first` on: it is here for every thread, and the one before the last,
+  // whose place the one after it takes, is no longer read.
+  const auto advance = [&](int first) {
+    cp_async_wait<0>();
+    fence_async_proxy();
+    __syncthreads();
+    stage = next(stage);
+    copy_keys(first + Tile::kKeys, next(stage));
+  };
   // A warpgroup without queries copies its share and keeps the barriers, nothing else.
-  const bool has_queries = first_query + warp / 4 * 64 < block.length;
+  if (first_query + warp / 4 * 64 >= block.length) {
+#pragma unroll 1
+    for (int first = Tile::kKeys; first < block.length; first += Tile::kKeys) advance(first);
+    __syncthreads();
+    return;
+  }
+
   const int warp_row = 16 * warp;
   const float scale_log2 = p.softmax_scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
 
@@ -131,44 +165,33 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
       }
     }
   };
+  // What waits for P V. It stands a branch away from the softmax that goes beside P V: in one block
+  // of code the compiler takes the wait first.
   const auto round_probabilities = [&] {
+    wgmma_wait<0>(out);
+    rescale_rows(out, factors);
 #pragma unroll
     for (int m = 0; m < Tile::kKeys / 16; ++m) {
       pack_probabilities<T>(probabilities[m], scores[2 * m], scores[2 * m + 1]);
     }
   };
 
-  uint32_t last, stage = 0;
-  const auto next = [](uint32_t offset) {
-    return offset + Tile::kStageBytes < Tile::kStages * Tile::kStageBytes
-               ? offset + Tile::kStageBytes
-               : 0;
-  };
-  if (has_queries) {
-    wgmma_fence(scores);
-    multiply_queries(stage);
-    wgmma_wait<0>(scores);
-    softmax(0);
-    round_probabilities();
-  }
+  wgmma_fence(scores);
+  multiply_queries(stage);
+  wgmma_wait<0>(scores);
+  softmax(0);
   for (int first = Tile::kKeys; first < block.length; first += Tile::kKeys) {
-    cp_async_wait<0>();
-    fence_async_proxy();
-    __syncthreads();  // this tile is here for every thread, and tile − 2 is no longer read
-    last = stage;
-    stage = next(stage);
-    copy_keys(first + Tile::kKeys, next(stage));
-    if (!has_queries) continue;
+    round_probabilities();
+    const uint32_t last = stage;
+    advance(first);
     wgmma_fence(probabilities, scores, out);
     multiply_queries(stage);
     multiply_probabilities(last);
     wgmma_wait<1>(scores);
-    softmax(first);  // beside P V
-    wgmma_wait<0>(out);
-    rescale_rows(out, factors);
-    round_probabilities();
+    softmax(first);
   }
-  if (!has_queries) return;
+  round_probabilities();
+  __syncthreads();  // no warp multiplies queries any more, whose memory takes the output
   wgmma_fence(probabilities, out);
   multiply_probabilities(stage);
   wgmma_wait<0>(out);

@@ -88,9 +88,10 @@ bool has_products();                   // that were never waited for
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <typename T>
-T shuffle(T value, int lane) {
+T shuffle_xor(T value, int lane_mask) {
   T received;
-  std::memcpy(&received, meet_warp("shuffle", &value, sizeof(T)).of_lane(lane), sizeof(T));
+  std::memcpy(&received, meet_warp("shuffle", &value, sizeof(T)).of_lane(lane_index() ^ lane_mask),
+              sizeof(T));
   return received;
 }
 
@@ -108,11 +109,7 @@ inline void __syncthreads() { emulator::meet_block(); }
 inline void __syncwarp() { emulator::meet_warp("syncwarp", nullptr, 0); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
-  return emulator::shuffle(value, emulator::lane_index() ^ lane_mask);
-}
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulator::shuffle(value, lane);
+  return emulator::shuffle_xor(value, lane_mask);
 }
 template <typename T>
 T __ldg(const T* from) {
