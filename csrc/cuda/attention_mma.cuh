@@ -117,12 +117,16 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
 
     const int first_key = tile * Tile::kKeys;
     const int valid_keys = block.length - first_key;
+    if (valid_keys < Tile::kKeys) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) mask_ragged_end(scores[i], valid_keys, t);
+    }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      if (valid_keys < Tile::kKeys) mask_ragged_end(scores[i], valid_keys, t);
       float factors[2];
-      online_softmax(scores[i], rows[i], factors, scale_log2);
+      raise_maxima(scores[i], rows[i], factors, scale_log2);
       rescale_rows(out[i], factors);
+      exponentiate(scores[i], rows[i], scale_log2);
     }
 
     // O += P V.

@@ -55,11 +55,11 @@ struct SoftmaxRows {
   float sum[2] = {0.0f, 0.0f};  // this lane's part only
 };
 
-/// Replaces scores by exp(scale · (s − maximum)), unnormalised probabilities in fp32, and gives the
-/// factors by which what was summed under the former maximum shrinks: rescale_rows().
+/// Raises the maxima to those of the scores, and gives the factors by which what was summed under
+/// the former ones shrinks: rescale_rows().
 template <int kTiles>
-__device__ __forceinline__ void online_softmax(float (&scores)[kTiles][4], SoftmaxRows& rows,
-                                               float (&factors)[2], float scale_log2) {
+__device__ __forceinline__ void raise_maxima(const float (&scores)[kTiles][4], SoftmaxRows& rows,
+                                             float (&factors)[2], float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float maximum = rows.maximum[r];
@@ -73,7 +73,16 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kTiles][4], Softm
     factors[r] = exp2_approx((rows.maximum[r] - maximum) * scale_log2);
     rows.maximum[r] = maximum;
     rows.sum[r] *= factors[r];
-    const float shift = maximum * scale_log2;
+  }
+}
+
+/// Replaces scores by exp(scale · (s − maximum)), unnormalised probabilities in fp32.
+template <int kTiles>
+__device__ __forceinline__ void exponentiate(float (&scores)[kTiles][4], SoftmaxRows& rows,
+                                             float scale_log2) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float shift = rows.maximum[r] * scale_log2;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll

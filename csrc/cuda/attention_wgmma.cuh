@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
   const auto softmax = [&](int first) {
     const int valid = block.length - first;
     if (valid < Tile::kKeys) mask_ragged_end(scores, valid, lane % 4);
-    online_softmax(scores, rows, factors, scale_log2);
+    raise_maxima(scores, rows, factors, scale_log2);
+    exponentiate(scores, rows, scale_log2);
     if constexpr (kDropout) {
       const Philox philox(p.dropout);  // here, that its keys take no registers elsewhere
       const int token = block.start + first_query + warp_row + lane / 4;
