@@ -8,11 +8,11 @@
 //   shared  Q, K and V read, half of K and V written: 32 KB at 128 B         256
 //   issue   301 instructions a warp, 678 with dropout, one a scheduler       301, 678
 // 350 TFLOP/s are 724 cycles a tile, at the 1.83 GHz of the datasheet's 989. In one warpgroup these
-// come mostly one after another, so that an SM needs several: two blocks of two, with 114 registers
+// come mostly one after another, so that an SM needs several: two blocks of two, with 115 registers
 // a thread (128 with dropout, all there are) and 64 KB of shared memory a block. Blocks of 128
-// queries read 1/128 byte of keys and values a FLOP, 2.7 TB/s at that rate, which L2 has.
+// queries read 1/128 byte of keys and values a FLOP, 2.7 TB/s from L2 at that rate.
 //
-// For 128 dimensions and tiles of 128 keys, MMA 1024 cycles, exp 512, shared 1024: one block, with 210
+// For 128 dimensions and tiles of 128 keys, MMA 1024 cycles, exp 512, shared 1024: one block, with 212
 // registers (254) and 224 KB.
 #pragma once
 

@@ -42,7 +42,7 @@ __device__ __forceinline__ uint64_t swizzled_matrix(uint32_t shared) {
 
 /// The operand `bytes` further on.
 __device__ __forceinline__ uint64_t matrix_at(uint64_t descriptor, uint32_t bytes) {
-  // In the lower half alone: the compiler has no 64-bit sums in the registers of a warp.
+  // In the lower half alone: the uniform registers that hold descriptors add 32 bits at a time.
   return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + bytes / 16);
 }
 
