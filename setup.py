@@ -48,7 +48,7 @@ ISA_FLAGS = {
 NVCC_FLAGS = (
     "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,-Wall --threads 0"
 )
-CUDA_TARGETS = ["80", "89", "90", "100"]  # A100, L4 and RTX 40, H100 and H200, B200
+CUDA_TARGETS = ["80", "89", "90a", "100"]  # A100, L4 and RTX 40, H100 and H200, B200
 
 NINJA_RULES = """\
 rule compile
@@ -152,11 +152,13 @@ def cuda_targets(nvcc):
     """The GPU generations to compile for: those asked for, else those of ours that nvcc knows."""
     asked = os.environ.get("FASTBERT_CUDA_ARCHS", "").replace(",", " ").split()
     known = {code.removeprefix("sm_") for code in output_of(nvcc, "--list-gpu-code").split()}
+    # wgmma is in code for 90a alone, which every GPU of 9.0 runs.
+    asked = list(dict.fromkeys("90a" if target == "90" else target for target in asked))
     unknown = [target for target in asked if target.rstrip("af") not in known]
     if unknown:
         names = " ".join(sorted(known, key=int))
         sys.exit(f"FASTBERT_CUDA_ARCHS: this nvcc does not know {' '.join(unknown)}, only {names}")
-    targets = asked or [target for target in CUDA_TARGETS if target in known]
+    targets = asked or [target for target in CUDA_TARGETS if target.rstrip("af") in known]
     if not targets:
         raise CudaBuildError(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_TARGETS)}")
     return targets
@@ -213,11 +215,13 @@ class NinjaBuildExt(build_ext):
     def build_cuda(self, extension, cxx):
         nvcc = find_nvcc()
         targets = cuda_targets(nvcc)
-        newest = f"compute_{targets[-1]}"  # as PTX too, for the GPUs that come after it
+        # As PTX too, for the GPUs that come after it: they refuse that of 90a or 100f.
+        newest = f"compute_{targets[-1].rstrip('af')}"
         gencode = [f"-gencode arch=compute_{t},code=sm_{t}" for t in targets]
         gencode.append(f"-gencode arch={newest},code={newest}")
         host = f"-ccbin {shlex.quote(cxx)}"
-        flags = " ".join([host, NVCC_FLAGS, *gencode])
+        hopper = "-DFASTBERT_SM_90A" if "90a" in targets else ""
+        flags = " ".join([host, NVCC_FLAGS, hopper, *gencode])
         # torch brings another CUDA runtime into the process: keep the symbols of this one inside.
         link = f"{host} -shared -cudart static -Xlinker --exclude-libs,ALL -ldl -lrt -lpthread"
         if not self.ninja(extension, nvcc, flags, link):

@@ -27,7 +27,7 @@ from problem import (
 )
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fastbert import ops
+from fastbert import _native, ops
 from fastbert.packed import PackedBatch
 
 BASE, LARGE = (12, 64), (16, 64)  # heads and their dimension
@@ -95,6 +95,10 @@ def make(
             checks["fastbert cuda"] = by_backend(
                 "cuda", lambda: _check(batch, qkv, dout, ids, half)
             )
+            if _has_wgmma(qkv):
+                name = "fastbert cuda mma.sync"
+                others[name] = _without_wgmma(others["fastbert cuda"])
+                checks[name] = _without_wgmma(checks["fastbert cuda"])
         elif qkv.is_cuda:
             others = _other_backwards(ours, qkv, dout, half, dropout, batch.max_seqlen)
         if qkv.is_cuda and dropout:
@@ -179,6 +183,25 @@ def _same(run: Run, other: Run) -> Parity:
     """Of two calls that return a tensor or a tuple of one."""
     first, second = (x if isinstance(x, Tensor) else x[0] for x in (run(), other()))
     return equality(torch.equal(first, second))
+
+
+def _has_wgmma(qkv: Tensor) -> bool:
+    """Whether the cuda backend multiplies with wgmma here, and so could with mma.sync."""
+    if _native.cuda_reason() is not None or qkv.dtype == torch.float32:
+        return False
+    with torch.cuda.device(qkv.device):
+        return qkv.shape[3] in (64, 128) and _native.cuda().has_wgmma()
+
+
+def _without_wgmma(run: Run) -> Run:
+    def call() -> Any:
+        before = _native.cuda().allow_wgmma(False)
+        try:
+            return run()
+        finally:
+            _native.cuda().allow_wgmma(before)
+
+    return call
 
 
 def _padded_peers(

@@ -45,6 +45,13 @@ BROKEN_NVCC = """#!/bin/sh
 case "$1" in --list-gpu-code) echo sm_90;; *) exit 1;; esac
 """
 
+# In the command that ninja shows when it fails: wgmma is of sm_90a alone, whose PTX no later GPU
+# takes.
+FOR_HOPPER = (
+    "-DFASTBERT_SM_90A -gencode arch=compute_90a,code=sm_90a "
+    "-gencode arch=compute_90,code=compute_90 "
+)
+
 
 def copy_tree(to: Path) -> Path:
     """The sources of this repository, with what a build leaves behind planted among them."""
@@ -201,11 +208,14 @@ def test_cuda_that_does_not_compile(tiny):
     home = str(tiny / "cuda_home")
     output = build(tiny, "--wheel", CUDA_HOME=home)
     assert "WARNING: fastbert._cuda is left out" in output
+    assert FOR_HOPPER in output
     (wheel,) = tiny.glob("dist/*.whl")
     facts = json.loads(zipfile.ZipFile(wheel).read("fastbert/_build.json"))
     assert "do not compile" in facts["cuda_skipped"] and facts["cuda_targets"] == []
 
-    output = build(tiny, "--wheel", fails=True, CUDA_HOME=home, FASTBERT_CUDA="1")
+    asked = {"FASTBERT_CUDA": "1", "FASTBERT_CUDA_ARCHS": "90"}
+    output = build(tiny, "--wheel", fails=True, CUDA_HOME=home, **asked)
+    assert FOR_HOPPER in output
     assert "FASTBERT_CUDA=1, but its sources do not compile" in output
 
 

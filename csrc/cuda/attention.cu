@@ -1,36 +1,26 @@
 // Attention forward over packed sequences: which kernel, and how it is launched.
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "attention_any.cuh"
 #include "attention_mma.cuh"
+#include "attention_wgmma.cuh"
 
 namespace fastbert::cuda {
 namespace {
 
 constexpr const char* kOp = "attention_fwd";
 
-template <typename T, int kHeadDim, bool kDropout>
-void launch_mma(AttentionForward p, int64_t batch, int64_t max_seqlen, cudaStream_t stream) {
-  using Tile = AttentionTile<T, kHeadDim>;
-  p.query_tiles = static_cast<int>(ceil_div<int64_t>(max_seqlen, Tile::kQueries));
-  launch(kOp, attention_fwd_mma_kernel<T, kHeadDim, kDropout>,
-         grid_extent(batch * p.heads * p.query_tiles, kOp), Tile::kThreads, Tile::kSharedBytes,
-         stream, p);
-}
+std::atomic<bool> wgmma_allowed{true};
 
-/// False when no such kernel is compiled for the head dimension.
-template <typename T>
-bool try_launch_mma(const AttentionForward& p, int64_t batch, int64_t max_seqlen,
-                    cudaStream_t stream) {
+/// Calls `launch(head_dim, dropout)` with both as constants; false for head dimensions that the
+/// tensor core kernels do not know.
+template <typename Launch>
+bool with_constants(const AttentionForward& p, Launch&& launch) {
   const auto with_dropout = [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    if (p.dropout.active) {
-      launch_mma<T, kHeadDim, true>(p, batch, max_seqlen, stream);
-    } else {
-      launch_mma<T, kHeadDim, false>(p, batch, max_seqlen, stream);
-    }
-    return true;
+    return p.dropout.active ? launch(head_dim, std::true_type{})
+                            : launch(head_dim, std::false_type{});
   };
   switch (p.head_dim) {
     case 32:
@@ -42,6 +32,34 @@ bool try_launch_mma(const AttentionForward& p, int64_t batch, int64_t max_seqlen
     default:
       return false;
   }
+}
+
+template <typename Tile, typename Kernel>
+void launch_tiles(Kernel kernel, AttentionForward p, int64_t batch, int64_t max_seqlen,
+                  cudaStream_t stream) {
+  p.query_tiles = static_cast<int>(ceil_div<int64_t>(max_seqlen, Tile::kQueries));
+  launch(kOp, kernel, grid_extent(batch * p.heads * p.query_tiles, kOp), Tile::kThreads,
+         Tile::kSharedBytes, stream, p);
+}
+
+/// False when no such kernel is compiled for the head dimension.
+template <typename T>
+bool try_launch_tensor_cores(const AttentionForward& p, int64_t batch, int64_t max_seqlen,
+                             cudaStream_t stream) {
+  return with_constants(p, [&](auto head_dim, auto dropout) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    constexpr bool kDropout = decltype(dropout)::value;
+    if constexpr (kHeadDim >= 64) {
+      if (wgmma_allowed && has_wgmma()) {
+        launch_tiles<AttentionWgmmaTile<T, kHeadDim>>(
+            attention_fwd_wgmma_kernel<T, kHeadDim, kDropout>, p, batch, max_seqlen, stream);
+        return true;
+      }
+    }
+    launch_tiles<AttentionTile<T, kHeadDim>>(attention_fwd_mma_kernel<T, kHeadDim, kDropout>, p,
+                                             batch, max_seqlen, stream);
+    return true;
+  });
 }
 
 template <typename T>
@@ -59,6 +77,20 @@ void launch_any(AttentionForward p, int64_t batch, int64_t max_seqlen, cudaStrea
 }
 
 }  // namespace
+
+bool has_wgmma() {
+#ifdef FASTBERT_SM_90A  // given by setup.py when that is among the targets
+  int device, major, minor;
+  check(cudaGetDevice(&device), kOp);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
+bool allow_wgmma(bool allowed) { return wgmma_allowed.exchange(allowed); }
 
 void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float* lse,
                    int64_t tokens, int64_t batch, int64_t heads, int64_t head_dim,
@@ -81,7 +113,7 @@ void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float*
     if constexpr (!std::is_same_v<T, float>) {
       // The tile kernel takes the row maximum before scaling, which needs a positive scale.
       const bool usable = aligned16(qkv, out) && p.softmax_scale > 0.0f;
-      if (usable && try_launch_mma<T>(p, batch, max_seqlen, stream)) return;
+      if (usable && try_launch_tensor_cores<T>(p, batch, max_seqlen, stream)) return;
     }
     launch_any<T>(p, batch, max_seqlen, stream);
   });

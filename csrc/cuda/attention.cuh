@@ -47,11 +47,14 @@ struct AttentionBlock {
     return static_cast<int64_t>(3) * p.heads * p.head_dim;
   }
 
-  /// The output vector of query `query` of the sequence.
+  /// The output vector of query `query` of the sequence; the next one's is `output_stride` on.
   template <typename T>
   __device__ __forceinline__ T* output(const AttentionForward& p, int query) const {
     const int64_t row = static_cast<int64_t>(start + query);
     return static_cast<T*>(p.out) + (row * p.heads + head) * p.head_dim;
+  }
+  __device__ __forceinline__ static int64_t output_stride(const AttentionForward& p) {
+    return static_cast<int64_t>(p.heads) * p.head_dim;
   }
   __device__ __forceinline__ float* lse(const AttentionForward& p, int query) const {
     return p.lse + head * p.tokens + start + query;

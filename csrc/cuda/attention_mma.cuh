@@ -4,7 +4,7 @@
 // registers.
 #pragma once
 
-#include "attention.cuh"
+#include "attention_tile.cuh"
 
 namespace fastbert::cuda {
 
@@ -37,92 +37,7 @@ struct AttentionTile {
     const int rotation = kHeadDim == 32 ? (row >> 1) & 3 : row & 7;
     return row * kRowBytes + ((chunk ^ rotation) << 4);
   }
-
-  /// The shared row of a key (or value) of the tile. In the MMA's layout a lane holds columns 2t,
-  /// 2t + 1 of each 8: stored in this order they are keys 4t … 4t + 3 of each 16, whose four
-  /// dropout words are one Philox block. Softmax and P·V do not care about the order, as long as
-  /// keys and values share it.
-  __device__ __forceinline__ static int key_row(int key) {
-    return (key & ~15) | (key & 2) << 2 | (key & 12) >> 1 | (key & 1);
-  }
 };
-
-/// Starts copying `kRows` rows from global memory; rows from `valid` on become zeros, so that the
-/// P·V of a ragged end multiplies 0 with 0. `to_row` maps a row to its place.
-template <typename Tile, int kRows, typename T, typename ToRow>
-__device__ __forceinline__ void copy_rows(uint32_t shared, const T* from, int64_t stride, int valid,
-                                          ToRow to_row) {
-  constexpr int kRowsAtOnce = Tile::kThreads / Tile::kChunks;
-  const int chunk = threadIdx.x % Tile::kChunks;
-  const int first = threadIdx.x / Tile::kChunks;
-#pragma unroll
-  for (int i = 0; i < kRows; i += kRowsAtOnce) {
-    const int row = first + i;
-    const bool is_valid = row < valid;
-    cp_async16(shared + Tile::offset(to_row(row), chunk),
-               from + (is_valid ? row * stride : 0) + chunk * 8, is_valid);
-  }
-}
-
-/// The running softmax of the two rows of a 16-row MMA tile that a lane has a part of.
-struct SoftmaxRows {
-  // Of the unscaled scores; the same in the row's 4 lanes.
-  float maximum[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};  // this lane's part only
-};
-
-/// Replaces scores by exp(scale · (s − maximum)), unnormalised probabilities in fp32, and rescales
-/// what was summed under the former maximum. scores[j][2 r + e] is of row r and, in the tile, of key
-/// 16 (j / 2) + 4t + 2 (j % 2) + e.
-template <int kScoreTiles, int kOutTiles>
-__device__ __forceinline__ void online_softmax(float (&scores)[kScoreTiles][4],
-                                               float (&out)[kOutTiles][4], SoftmaxRows& rows,
-                                               float scale_log2) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float maximum = rows.maximum[r];
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-      maximum = fmaxf(maximum, fmaxf(scores[j][2 * r], scores[j][2 * r + 1]));
-    }
-    maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 1));
-    maximum = fmaxf(maximum, __shfl_xor_sync(kFullWarp, maximum, 2));
-    // The first time 2^-inf = 0 times zeros. The maximum is finite: every tile has a key.
-    const float rescale = exp2_approx((rows.maximum[r] - maximum) * scale_log2);
-    rows.maximum[r] = maximum;
-    rows.sum[r] *= rescale;
-#pragma unroll
-    for (int j = 0; j < kOutTiles; ++j) {
-      out[j][2 * r] *= rescale;
-      out[j][2 * r + 1] *= rescale;
-    }
-    const float shift = maximum * scale_log2;
-#pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float p = exp2_approx(scores[j][2 * r + e] * scale_log2 - shift);
-        scores[j][2 * r + e] = p;
-        rows.sum[r] += p;
-      }
-    }
-  }
-}
-
-/// Zeroes the dropped ones of a lane's probabilities of two rows, `token` and `token + 8`, and four
-/// keys, the `group`-th four of the sequence: two in either 8-key tile.
-__device__ __forceinline__ void drop_probabilities(float (&low)[4], float (&high)[4],
-                                                   const Philox& philox, uint32_t threshold,
-                                                   uint32_t group, uint32_t token, uint32_t head) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint4 words = philox.words(group, token + 8 * r, head);
-    if (words.x < threshold) low[2 * r] = 0.0f;
-    if (words.y < threshold) low[2 * r + 1] = 0.0f;
-    if (words.z < threshold) high[2 * r] = 0.0f;
-    if (words.w < threshold) high[2 * r + 1] = 0.0f;
-  }
-}
 
 template <typename T, int kHeadDim, bool kDropout>
 __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
@@ -147,7 +62,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
   const auto copy_keys = [&](int tile) {
     const int first = tile * Tile::kKeys;
     const uint32_t shared = key_shared + (tile & 1) * 2 * Tile::kKeyBytes;
-    const auto to_row = [](int key) { return Tile::key_row(key); };
+    const auto to_row = [](int key) { return key_row(key); };
     const T* from = keys + first * stride;
     const int valid = block.length - first;
     copy_rows<Tile, Tile::kKeys>(shared, from, stride, valid, to_row);
@@ -201,26 +116,20 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
     }
 
     const int first_key = tile * Tile::kKeys;
-    if (block.length - first_key < Tile::kKeys) {
+    const int valid_keys = block.length - first_key;
+    if (valid_keys < Tile::kKeys) {
 #pragma unroll
-      for (int j = 0; j < Tile::kKeys / 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = first_key + 16 * (j / 2) + 4 * t + 2 * (j % 2) + e;
-          if (key >= block.length) {
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              scores[i][j][e] = -INFINITY;
-              scores[i][j][2 + e] = -INFINITY;
-            }
-          }
-        }
-      }
+      for (int i = 0; i < kRowTiles; ++i) mask_ragged_end(scores[i], valid_keys, t);
     }
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) online_softmax(scores[i], out[i], rows[i], scale_log2);
+    for (int i = 0; i < kRowTiles; ++i) {
+      float factors[2];
+      raise_maxima(scores[i], rows[i], factors, scale_log2);
+      rescale_rows(out[i], factors);
+      exponentiate(scores[i], rows[i], scale_log2);
+    }
 
-    // O += P V. The scores of two 8-key tiles are, rounded, the left operand of one MMA.
+    // O += P V.
 #pragma unroll
     for (int m = 0; m < Tile::kKeyGroups; ++m) {
       uint32_t probabilities[kRowTiles][4];
@@ -231,12 +140,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
           drop_probabilities(scores[i][2 * m], scores[i][2 * m + 1], philox, p.dropout.threshold,
                              first_key / 4 + 4 * m + t, token, block.head);
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float (&s)[4] = scores[i][2 * m + half];
-          probabilities[i][2 * half] = pack2<T>(s[0], s[1]);
-          probabilities[i][2 * half + 1] = pack2<T>(s[2], s[3]);
-        }
+        pack_probabilities<T>(probabilities[i], scores[i][2 * m], scores[i][2 * m + 1]);
       }
 #pragma unroll
       for (int d = 0; d < Tile::kDimGroups; ++d) {
@@ -253,36 +157,15 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
   }
   if (!has_queries) return;
 
-  // Normalise, and write through this warp's own rows of the query memory to store 16 bytes a lane.
+  // Through this warp's own rows of the query memory.
+  const int valid_queries = block.length - first_query;
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = rows[i].sum[r];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      const int row = warp_row + 16 * i + 8 * r + g;
-      if (t == 0 && first_query + row < block.length) {
-        *block.lse(p, first_query + row) = rows[i].maximum[r] * p.softmax_scale + logf(sum);
-      }
-      const float scale = p.dropout.scale / sum;  // 1 / (1 − p), or 1 without dropout
-#pragma unroll
-      for (int j = 0; j < kHeadDim / 8; ++j) {
-        *reinterpret_cast<uint32_t*>(memory + Tile::offset(row, j) + 4 * t) =
-            pack2<T>(out[i][j][2 * r] * scale, out[i][j][2 * r + 1] * scale);
-      }
-    }
+    finish_rows<Tile, T>(memory, out[i], rows[i], warp_row + 16 * i, valid_queries, p.softmax_scale,
+                         p.dropout.scale, block.lse(p, first_query));
   }
-  __syncwarp();
-#pragma unroll
-  for (int i = lane; i < Tile::kWarpQueries * Tile::kChunks; i += kWarpSize) {
-    const int row = warp_row + i / Tile::kChunks, chunk = i % Tile::kChunks;
-    if (first_query + row < block.length) {
-      Packed<T, 8> packed;
-      packed.load(reinterpret_cast<const T*>(memory + Tile::offset(row, chunk)));
-      packed.store(block.output<T>(p, first_query + row) + chunk * 8);
-    }
-  }
+  store_rows<Tile, Tile::kWarpQueries>(memory, block.output<T>(p, first_query),
+                                       AttentionBlock::output_stride(p), warp_row, valid_queries);
 }
 
 }  // namespace fastbert::cuda

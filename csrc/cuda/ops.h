@@ -30,6 +30,14 @@ void attention_fwd(const void* qkv, const int32_t* cu_seqlens, void* out, float*
                    const int64_t* dropout_seed, int64_t dropout_offset, int dtype,
                    cudaStream_t stream);
 
+/// Whether the current device runs what is compiled for sm_90a: attention_fwd's kernel on Hopper's
+/// own matrix instructions (head dimensions 64 and 128, 16 bits).
+bool has_wgmma();
+
+/// For tests and benchmarks, which compare the kernels: forbids or allows that kernel from now on,
+/// in every thread, and returns what held before. Allowed at first.
+bool allow_wgmma(bool allowed);
+
 /// y = gelu(x + bias) over (rows, cols), erf form or tanh form (Hendrycks and Gimpel 2016).
 /// x, y of `dtype`; bias (cols) of `vector_dtype` or null.
 void bias_gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t cols, bool tanh,

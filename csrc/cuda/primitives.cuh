@@ -11,9 +11,9 @@
 
 namespace fastbert::cuda {
 
-/// The block's dynamic shared memory.
+/// The block's dynamic shared memory, aligned for wgmma's swizzle.
 __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(128) unsigned char bytes[];
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -32,6 +34,26 @@ def launch() -> ModuleType:
     return _cuda_launch
 
 
+@pytest.fixture
+def mma_alone() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which attention multiplies with mma.sync, on Hopper too."""
+    from fastbert import _native
+
+    native = _native.cuda()
+    if not native.has_wgmma():
+        pytest.skip("there is one instruction where there is no wgmma")
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        assert native.allow_wgmma(False)
+        try:
+            yield
+        finally:
+            native.allow_wgmma(True)
+
+    return context
+
+
 def place(x: torch.Tensor) -> torch.Tensor:
     return x.cuda()
 
@@ -41,6 +63,40 @@ def place(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", [20, 32, 64, 128])
 def test_attention(launch: ModuleType, head_dim: int, dtype: torch.dtype, p: float) -> None:
     checks.attention(launch, place, LENGTHS, 12, head_dim, dtype, p=p, slack=5)
+
+
+@DROPOUT
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_by_both_instructions(
+    launch: ModuleType, mma_alone: Callable[[], AbstractContextManager[None]], head_dim: int,
+    dtype: torch.dtype, p: float,
+) -> None:  # fmt: skip
+    """On Hopper wgmma and, where that is not allowed, mma.sync: both right and close."""
+    results = []
+    for context in (contextlib.nullcontext, mma_alone):
+        with context():
+            results.append(checks.attention(launch, place, LENGTHS, 12, head_dim, dtype, p=p))
+    (out, lse), (other, other_lse) = results
+    checks.assert_close("out", out, other, torch.finfo(dtype).eps)
+    checks.assert_close("lse", lse, other_lse)
+
+
+def test_both_instructions_give_the_same_bits_a_hundred_times(
+    launch: ModuleType, mma_alone: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Lengths that leave warpgroups idle, tiles ragged and stages refilled while others read."""
+    lengths = [512, 1, 65, 448, 130, 0, 300] * 16
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    seed = torch.tensor([5], device="cuda")
+    for head_dim in (64, 128):
+        qkv = torch.randn(sum(lengths), 3, 12, head_dim, device="cuda", dtype=BF16)
+        for context in (contextlib.nullcontext, mma_alone):
+            with context():
+                first = launch.attention_fwd(qkv, bounds, 512, 0.125, 0.1, seed, 1)
+                for _ in range(100):
+                    again = launch.attention_fwd(qkv, bounds, 512, 0.125, 0.1, seed, 1)
+                    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [1], [1] * 70_000], ids=["none", "0", "1", "many"])

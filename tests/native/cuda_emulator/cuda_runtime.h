@@ -54,8 +54,11 @@ struct WarpData {
 /// lanes' in view until it meets them again, when all live lanes have come. `operation` names the
 /// caller: lanes that meet in different operations have diverged, and the kernel ends in an error.
 WarpData meet_warp(const char* operation, const void* mine, size_t bytes);
+/// The same of the four warps of a warpgroup, which bring nothing.
+void meet_warpgroup(const char* operation);
 void meet_block();
 int lane_index();
+int thread_index();  // in the block
 
 /// The running block's dynamic shared memory.
 unsigned char* shared_memory();
@@ -72,6 +75,23 @@ inline void check_alignment(const void* address, size_t alignment) {
 void copy_async(uint32_t shared, const void* global, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
+bool is_eager();  // what is asynchronous happens when issued, not when waited for
+
+/// Shared memory as wgmma reads it. What a thread copied there is found in it when the thread has
+/// published it (fence.proxy.async); ordinary stores, which the emulator does not see, are not.
+const unsigned char* shared_memory_of_async_proxy();
+void publish_to_async_proxy();
+
+/// wgmma of the running thread (products.cpp): `compute` adds to the 32 sums what `left`, registers
+/// that may not change meanwhile, and shared memory hold; `left` is null where no operand is in
+/// registers.
+void issue_product(const char* operation, float* sums, const uint32_t* left,
+                   std::function<void(float*)> compute);
+void fence_registers(const void* registers, size_t bytes);
+void commit_products();
+void wait_for_products(int pending);
+void forget_products(size_t threads);  // of the block before
+bool has_products();                   // that were never waited for
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
@@ -124,6 +144,16 @@ struct cudaLaunchConfig_t {
 };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// A Hopper GPU, which runs every kernel that there is.
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   constexpr int kMostOnHopper = 227 * 1024;

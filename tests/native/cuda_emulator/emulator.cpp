@@ -17,14 +17,15 @@ namespace emulator {
 namespace {
 
 constexpr int kWarpSize = 32;
+constexpr int kWarpgroupSize = 128;
 constexpr size_t kSlotBytes = 64;
 constexpr size_t kStackBytes = 64 * 1024;
 
 /// How a run may differ and a correct kernel not: set by tests through emulator_configure().
 bool reverse_order = false;  // the order in which threads run between two meetings
-bool eager_copies = false;   // cp.async lands at once rather than as late as the wait allows
+bool eager_copies = false;   // cp.async and wgmma happen at once, not as late as the wait allows
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };
+enum class State { kReady, kAtWarp, kAtWarpgroup, kAtBlock, kDone };
 
 struct Copy {
   uint32_t shared;
@@ -36,12 +37,13 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   uint3 index;
-  int warp, lane;
+  int thread, warp, lane;
   State state;
   const char* operation;  // where it waits
   int parity;             // slots alternate, so that a fast lane never overwrites unread data
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
+  std::vector<uint32_t> unpublished;  // where its copies went since its last fence.proxy.async
 };
 
 struct Warp {
@@ -51,7 +53,7 @@ struct Warp {
 ucontext_t scheduler;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
-std::vector<unsigned char> shared_storage;
+std::vector<unsigned char> shared_storage, shared_of_async_proxy;
 unsigned char* shared = nullptr;
 size_t shared_size = 0;
 Fiber* running = nullptr;
@@ -61,6 +63,7 @@ std::exception_ptr failure;
 void fiber_main() {
   try {
     (*kernel)();
+    if (has_products()) throw std::runtime_error("a thread ends with wgmma in flight");
   } catch (...) {
     failure = std::current_exception();
   }
@@ -102,17 +105,39 @@ bool release(size_t begin, size_t end, State state) {
   return true;
 }
 
+/// Calls `body` with the bounds of each `size` threads of [begin, end).
+template <typename Body>
+void in_order(size_t begin, size_t end, size_t size, Body body) {
+  const size_t parts = (end - begin + size - 1) / size;
+  for (size_t i = 0; i < parts; ++i) {
+    const size_t first = begin + (reverse_order ? parts - 1 - i : i) * size;
+    body(first, std::min(first + size, end));
+  }
+}
+
+/// As far as the warp gets without other warps. So each gets, before the next one starts: one that
+/// does not wait for the others' data works without them.
+void run_warp(size_t begin, size_t end) {
+  do {
+    in_order(begin, end, 1, [](size_t i, size_t) {
+      if (fibers[i]->state == State::kReady) resume(*fibers[i]);
+    });
+  } while (release(begin, end, State::kAtWarp));
+}
+
 void run_block(size_t threads) {
   for (size_t i = 0; i < threads; ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned n = static_cast<unsigned>(i);
     fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
+    fiber.thread = static_cast<int>(i);
     fiber.warp = static_cast<int>(i) / kWarpSize;
     fiber.lane = static_cast<int>(i) % kWarpSize;
     fiber.state = State::kReady;
     fiber.parity = 0;
     fiber.open_group.clear();
     fiber.groups.clear();
+    fiber.unpublished.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -120,22 +145,19 @@ void run_block(size_t threads) {
     makecontext(&fiber.context, fiber_main, 0);
   }
   std::memset(shared, 0xff, shared_size);  // NaN in every type
-  for (;;) {
-    bool done = true, progress = false;
-    for (size_t i = 0; i < threads; ++i) {
-      Fiber& fiber = *fibers[reverse_order ? threads - 1 - i : i];
-      if (fiber.state == State::kReady) {
-        resume(fiber);
-        progress = true;
-      }
-      done = done && fiber.state == State::kDone;
+  std::fill(shared_of_async_proxy.begin(), shared_of_async_proxy.end(), 0xff);
+  forget_products(threads);
+  do {
+    in_order(0, threads, kWarpgroupSize, [](size_t begin, size_t end) {
+      do {
+        in_order(begin, end, kWarpSize, run_warp);
+      } while (release(begin, end, State::kAtWarpgroup));
+    });
+  } while (release(0, threads, State::kAtBlock));
+  for (size_t i = 0; i < threads; ++i) {
+    if (fibers[i]->state != State::kDone) {
+      throw std::runtime_error("deadlock: threads wait where others never come");
     }
-    if (done) return;
-    for (size_t begin = 0; begin < threads; begin += kWarpSize) {
-      progress |= release(begin, std::min(begin + kWarpSize, threads), State::kAtWarp);
-    }
-    progress |= release(0, threads, State::kAtBlock);
-    if (!progress) throw std::runtime_error("deadlock: threads wait where others never come");
   }
 }
 
@@ -146,6 +168,7 @@ void complete(const std::vector<Copy>& group) {
     } else {
       std::memset(shared + copy.shared, 0, 16);
     }
+    running->unpublished.push_back(copy.shared);
   }
 }
 
@@ -160,11 +183,21 @@ WarpData meet_warp(const char* operation, const void* mine, size_t bytes) {
   return {slots};
 }
 
+void meet_warpgroup(const char* operation) { wait_as(State::kAtWarpgroup, operation); }
 void meet_block() { wait_as(State::kAtBlock, "syncthreads"); }
 
 int lane_index() { return running->lane; }
+int thread_index() { return running->thread; }
+bool is_eager() { return eager_copies; }
 unsigned char* shared_memory() { return shared; }
 size_t shared_memory_size() { return shared_size; }
+
+const unsigned char* shared_memory_of_async_proxy() { return shared_of_async_proxy.data(); }
+void publish_to_async_proxy() {
+  for (const uint32_t at : std::exchange(running->unpublished, {})) {
+    std::memcpy(shared_of_async_proxy.data() + at, shared + at, 16);
+  }
+}
 
 void copy_async(uint32_t to, const void* global, bool valid) {
   if (to % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || to + 16 > shared_size) {
@@ -192,9 +225,10 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   warps.resize((threads + kWarpSize - 1) / kWarpSize);
-  shared_storage.resize(shared_bytes + 128);
+  shared_storage.resize(shared_bytes + 1024);
+  shared_of_async_proxy.resize(shared_bytes);
   const uintptr_t address = reinterpret_cast<uintptr_t>(shared_storage.data());
-  shared = shared_storage.data() + (128 - address % 128) % 128;
+  shared = shared_storage.data() + (1024 - address % 1024) % 1024;
   shared_size = shared_bytes;
   kernel = &body;
   gridDim = grid;

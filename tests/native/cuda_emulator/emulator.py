@@ -20,7 +20,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 FLAGS = (
-    f"-O1 -std=c++17 -fPIC -fno-strict-aliasing -DFASTBERT_CUDA_EMULATOR -I{HERE} -I{CSRC / 'cuda'}"
+    "-O1 -std=c++17 -fPIC -fno-strict-aliasing -DFASTBERT_CUDA_EMULATOR -DFASTBERT_SM_90A "
+    f"-I{HERE} -I{CSRC / 'cuda'}"
 ).split()
 
 
@@ -39,7 +40,7 @@ class EmulatedCuda:
 
     def configure(self, *, reverse_threads: bool = False, eager_copies: bool = False) -> None:
         """What real hardware leaves open: the order of threads between two meetings, and whether an
-        asynchronous copy lands when issued or only when waited for."""
+        asynchronous copy or product is made when issued or only when waited for."""
         self._library.emulator_configure(reverse_threads, eager_copies)
 
     def __getattr__(self, name: str) -> Any:
@@ -49,8 +50,7 @@ class EmulatedCuda:
             values = [
                 ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a) for a in arguments
             ]
-            result = ctypes.c_int64 if name.endswith("_workspace") else ctypes.c_char_p
-            returned = ctypes.CFUNCTYPE(result, *map(type, values))(address)(*values)
+            returned = ctypes.CFUNCTYPE(_result(name), *map(type, values))(address)(*values)
             if isinstance(returned, bytes):
                 raise RuntimeError(returned.decode())
             return returned
@@ -58,9 +58,16 @@ class EmulatedCuda:
         return call
 
 
+def _result(name: str) -> Any:
+    """What a function returns: those that can fail return null or their exception's text."""
+    if name.endswith("_workspace"):
+        return ctypes.c_int64
+    return ctypes.c_bool if name.endswith("_wgmma") else ctypes.c_char_p
+
+
 def build(folder: Path) -> EmulatedCuda:
     """Compiles everything into ``folder``, two files at a time."""
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "emulator.cpp", HERE / "exports.cpp"]
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
     objects = [folder / f"{source.name}.o" for source in sources]
 
     def compile_one(source: Path, to: Path) -> None:

@@ -38,6 +38,8 @@ auto* embedding_keys = &Export<fastbert::cuda::embedding_keys>::call;
 auto* embedding_gradients = &Export<fastbert::cuda::embedding_gradients>::call;
 // These cannot fail.
 auto* bias_gelu_bwd_workspace = &fastbert::cuda::bias_gelu_bwd_workspace;
+auto* has_wgmma = &fastbert::cuda::has_wgmma;
+auto* allow_wgmma = &fastbert::cuda::allow_wgmma;
 auto* add_layer_norm_bwd_workspace = &fastbert::cuda::add_layer_norm_bwd_workspace;
 auto* embed_layer_norm_bwd_workspace = &fastbert::cuda::embed_layer_norm_bwd_workspace;
 auto* embedding_gradients_workspace = &fastbert::cuda::embedding_gradients_workspace;
