@@ -60,8 +60,11 @@ int lane_index();
 unsigned char* shared_memory();
 size_t shared_memory_size();
 
+/// What the device says that a block may have at most.
+int shared_memory_on_offer();
+
 /// cp.async of the running thread.
-void copy_async(uint32_t shared, const void* global, bool valid);
+void copy_async(uint32_t shared, const void* global, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
@@ -103,6 +106,7 @@ using std::min;
 
 // Host API, as far as launch.cuh uses it.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef struct CUstream_st* cudaStream_t;
 struct cudaLaunchConfig_t {
@@ -116,6 +120,14 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   constexpr int kMostOnHopper = 227 * 1024;
   return bytes <= kMostOnHopper ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulator::shared_memory_on_offer();
+  return cudaSuccess;
 }
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
