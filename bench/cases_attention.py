@@ -90,17 +90,17 @@ def make(
         padded, chosen = _padded_peers(batch, qkv, dout, half, dropout)
         peers = padded | _packed_peers(batch, qkv, dout, half, dropout)
         others, checks = {}, {}
-        if qkv.is_cuda and half == "fwd":
+        if qkv.is_cuda:
             others["fastbert cuda"] = by_backend("cuda", half_of(half, ours, [qkv], dout))
             checks["fastbert cuda"] = by_backend(
                 "cuda", lambda: _check(batch, qkv, dout, ids, half)
             )
-            if _has_wgmma(qkv):
+            if half != "fwd":
+                others |= _other_backwards(ours, qkv, dout, half, dropout, batch.max_seqlen)
+            elif _has_wgmma(qkv):
                 name = "fastbert cuda mma.sync"
                 others[name] = _without_wgmma(others["fastbert cuda"])
                 checks[name] = _without_wgmma(checks["fastbert cuda"])
-        elif qkv.is_cuda:
-            others = _other_backwards(ours, qkv, dout, half, dropout, batch.max_seqlen)
         if qkv.is_cuda and dropout:
             masked = _by_mask(batch, qkv, dout, half, dropout, seed)
             others["fastbert packed mask"] = masked
@@ -121,11 +121,8 @@ def make(
     return build
 
 
-def _check(
-    batch: PackedBatch, qkv: Tensor, dout: Tensor, ids: Tensor, half: str = "fwd-bwd"
-) -> Parity:
-    """Of the first two sequences, without dropout, whose bits the tests compare; half "fwd": of the
-    output alone."""
+def _check(batch: PackedBatch, qkv: Tensor, dout: Tensor, ids: Tensor) -> Parity:
+    """Of the first two sequences, without dropout, whose bits the tests compare."""
     few = batch.lengths[:2]
     part = qkv[: sum(few)].detach().requires_grad_()
     small = PackedBatch.from_flat(ids[: sum(few)], few)
@@ -140,15 +137,12 @@ def _check(
             pieces.append((p.softmax(-1).to(x.dtype) @ c).transpose(0, 1))
         return torch.cat(pieces)
 
-    def halves(out: Tensor, dy: Tensor, x: Tensor) -> list[Tensor]:
-        return [out.detach()] if half == "fwd" else grads(out, dy, [x])
-
     dy = dout[: sum(few)]
     mine, _ = ops.attention(part, small.cu_seqlens, small.max_seqlen)
     return compare(
-        halves(mine, dy, part),
-        halves(plain(part), dy, part),
-        halves(plain(oracle), dy.double(), oracle),
+        grads(mine, dy, [part]),
+        grads(plain(part), dy, [part]),
+        grads(plain(oracle), dy.double(), [oracle]),
     )
 
 

@@ -45,7 +45,6 @@ def support() -> str:
         if backend not in op.modules:
             return "–"
         halves = "forward and backward" if "bwd" in op.halves else "yes"
-        halves = "forward" if backend in op.forward_only else halves
         limit = op.max_size.get(backend)
         halves += f", size ≤ {limit}" if limit else ""
         return halves + (", no bias" if backend in op.no_bias else "")

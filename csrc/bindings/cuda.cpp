@@ -47,6 +47,11 @@ PYBIND11_MODULE(_cuda, module) {
              arg("dropout_seed"), arg("dropout_offset"), arg("dtype"), arg("stream"));
   module.def("has_wgmma", cuda::has_wgmma);
   module.def("allow_wgmma", cuda::allow_wgmma, arg("allowed"));
+  module.def("attention_bwd", by_address(cuda::attention_bwd), release, arg("dout"), arg("qkv"),
+             arg("out"), arg("lse"), arg("cu_seqlens"), arg("dqkv"), arg("delta"), arg("tokens"),
+             arg("batch"), arg("heads"), arg("head_dim"), arg("max_seqlen"), arg("softmax_scale"),
+             arg("dropout_p"), arg("dropout_seed"), arg("dropout_offset"), arg("dtype"),
+             arg("stream"));
   module.def("bias_gelu_fwd", by_address(cuda::bias_gelu_fwd), release, arg("x"), arg("bias"),
              arg("y"), arg("rows"), arg("cols"), arg("tanh"), arg("dtype"), arg("vector_dtype"),
              arg("stream"));

@@ -27,23 +27,26 @@ struct AttentionBlock {
   int start;   // first token of the sequence
   int length;  // tokens of the sequence
 
-  __device__ __forceinline__ explicit AttentionBlock(const AttentionForward& p) {
+  __device__ __forceinline__ explicit AttentionBlock(const AttentionForward& p)
+      : AttentionBlock(p.cu_seqlens, p.heads, p.query_tiles) {}
+  __device__ __forceinline__ AttentionBlock(const int32_t* cu_seqlens, int heads, int tiles) {
     const int block = static_cast<int>(blockIdx.x);
-    const int pair = block / p.query_tiles;
-    const int sequence = pair / p.heads;
-    tile = block - pair * p.query_tiles;
-    head = pair - sequence * p.heads;
-    start = p.cu_seqlens[sequence];
-    length = p.cu_seqlens[sequence + 1] - start;
+    const int pair = block / tiles;
+    const int sequence = pair / heads;
+    tile = block - pair * tiles;
+    head = pair - sequence * heads;
+    start = cu_seqlens[sequence];
+    length = cu_seqlens[sequence + 1] - start;
   }
 
   /// The block's query, key and value vectors: (length, head_dim) each, `row_stride` apart.
-  template <typename T>
-  __device__ __forceinline__ const T* input(const AttentionForward& p, int which) const {
+  template <typename T, typename Arguments>
+  __device__ __forceinline__ const T* input(const Arguments& p, int which) const {
     const int64_t row = static_cast<int64_t>(start) * 3 + which;
     return static_cast<const T*>(p.qkv) + (row * p.heads + head) * p.head_dim;
   }
-  __device__ __forceinline__ static int64_t row_stride(const AttentionForward& p) {
+  template <typename Arguments>
+  __device__ __forceinline__ static int64_t row_stride(const Arguments& p) {
     return static_cast<int64_t>(3) * p.heads * p.head_dim;
   }
 

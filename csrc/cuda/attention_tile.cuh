@@ -23,10 +23,10 @@ __device__ __forceinline__ int key_of(int j, int e, int t) {
 /// P·V of a ragged end multiplies 0 with 0. `to_row` maps a row to its place.
 template <typename Tile, int kRows, typename T, typename ToRow>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const T* from, int64_t stride, int valid,
-                                          ToRow to_row) {
+                                          ToRow to_row, int thread = threadIdx.x) {
   constexpr int kRowsAtOnce = Tile::kThreads / Tile::kChunks;
-  const int chunk = threadIdx.x % Tile::kChunks;
-  const int first = threadIdx.x / Tile::kChunks;
+  const int chunk = thread % Tile::kChunks;
+  const int first = thread / Tile::kChunks;
 #pragma unroll
   for (int i = 0; i < kRows; i += kRowsAtOnce) {
     const int row = first + i;

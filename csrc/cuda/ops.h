@@ -38,6 +38,16 @@ bool has_wgmma();
 /// in every thread, and returns what held before. Allowed at first.
 bool allow_wgmma(bool allowed);
 
+/// dqkv (T, 3, N, D) from dout (T, N, D), both of `dtype`, and what forward took and gave. With
+/// p_ij = exp(s_ij − lse_i), delta_i = dout_i · out_i and ds_ij = p_ij (dropout'(dout_i · v_j) −
+/// delta_i): dq_i = scale Σ_j ds_ij k_j, dk_j = scale Σ_i ds_ij q_i, dv_j = Σ_i dropout(p_ij) dout_i
+/// (Dao 2023, section 2.3). `delta` (N, T) fp32 is workspace.
+void attention_bwd(const void* dout, const void* qkv, const void* out, const float* lse,
+                   const int32_t* cu_seqlens, void* dqkv, float* delta, int64_t tokens,
+                   int64_t batch, int64_t heads, int64_t head_dim, int64_t max_seqlen,
+                   double softmax_scale, double dropout_p, const int64_t* dropout_seed,
+                   int64_t dropout_offset, int dtype, cudaStream_t stream);
+
 /// y = gelu(x + bias) over (rows, cols), erf form or tanh form (Hendrycks and Gimpel 2016).
 /// x, y of `dtype`; bias (cols) of `vector_dtype` or null.
 void bias_gelu_fwd(const void* x, const void* bias, void* y, int64_t rows, int64_t cols, bool tanh,

@@ -17,6 +17,14 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   return bytes;
 }
 
+/// threadIdx.x, read again at every call: what is computed from it is computed where it is needed,
+/// and takes no registers between one loop and the next.
+__device__ __forceinline__ int reread_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 /// A pointer into shared memory as the 32-bit address that the instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -34,6 +42,13 @@ __device__ __forceinline__ void store_global16(void* global, uint4 value) {
 __device__ __forceinline__ void cp_async16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared),
                "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+/// The same of 4 bytes.
+__device__ __forceinline__ void cp_async4(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 4 : 0)
                : "memory");
 }
 

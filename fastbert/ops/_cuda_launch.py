@@ -47,6 +47,33 @@ def attention_fwd(
     return out, lse
 
 
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    dropout_offset: int,
+    bias: None = None,
+) -> Tensor:
+    """dqkv (T, 3, N, D), from dout (T, N, D) and what forward took and gave."""
+    cu_seqlens = cu_seqlens.contiguous()
+    tokens, _, heads, head_dim = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    with _on_device_of(qkv):
+        _native.cuda().attention_bwd(
+            *map(_address, (dout, qkv, out, lse, cu_seqlens, dqkv, delta)),
+            tokens, cu_seqlens.shape[0] - 1, heads, head_dim, max_seqlen, softmax_scale,
+            dropout_p, _address(dropout_seed), dropout_offset,
+            _DTYPE_CODES[qkv.dtype], _stream(qkv),
+        )  # fmt: skip
+    return dqkv
+
+
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     """y = gelu(x + bias), x (T, I)."""
     (bias,) = _vectors(bias)

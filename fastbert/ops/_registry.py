@@ -85,7 +85,6 @@ class Op:
         ``bench/results`` shows it first.
     max_size: backend name -> largest value of the op's size (attention: head_dim; others: row
         width) that its kernels take, where there is a limit.
-    forward_only: backends without the backward half.
     no_bias: backends whose kernels take no additive bias, where the op has one.
     since: compute capability from which GPUs run its kernels in every size, None for all.
     size_before: the largest size that earlier ones run, 0 for none.
@@ -95,7 +94,6 @@ class Op:
     halves: tuple[str, ...]
     modules: dict[str, str]
     max_size: dict[str, int]
-    forward_only: tuple[str, ...]
     no_bias: tuple[str, ...]
     since: tuple[int, int] | None
     size_before: int
@@ -104,13 +102,13 @@ class Op:
         self, half: str, x: torch.Tensor, size: int, bias: bool = False
     ) -> Callable[..., Any]:
         """The function that computes ``half`` for an activation like ``x``, ``bias`` with one."""
-        backend = self.choice(half, x, size, bias)
+        backend = self.choice(x, size, bias)
         function = f"{self.name}_{half}" if "bwd" in self.halves else self.name
         return _launcher(self.modules[backend], function)
 
-    def choice(self, half: str, x: torch.Tensor, size: int, bias: bool = False) -> str:
+    def choice(self, x: torch.Tensor, size: int, bias: bool = False) -> str:
         """The name of the backend that ``launcher`` takes."""
-        return _select(self.name, half, x.device.type, x.dtype, size, bias, _forced, _strict)
+        return _select(self.name, x.device.type, x.dtype, size, bias, _forced, _strict)
 
 
 def _op(
@@ -120,7 +118,6 @@ def _op(
     cpp: bool = True,
     cuda: bool = False,
     bwd: bool = True,
-    forward_only: tuple[str, ...] = (),
     no_bias: tuple[str, ...] = (),
     since: tuple[int, int] | None = None,
     size_before: int = 0,
@@ -132,7 +129,7 @@ def _op(
         modules["cuda"] = "fastbert.ops._cuda_launch"
     modules["reference"] = "fastbert.ops._reference"
     halves = ("fwd", "bwd") if bwd else ("fwd",)
-    return Op(name, halves, modules, limits, forward_only, no_bias, since, size_before)
+    return Op(name, halves, modules, limits, no_bias, since, size_before)
 
 
 OPS: dict[str, Op] = {
@@ -142,7 +139,6 @@ OPS: dict[str, Op] = {
             "attention",
             native="attention",
             cuda=True,
-            forward_only=("cuda",),
             no_bias=("cpp", "cuda"),
             since=(8, 0),
             size_before=128,
@@ -227,14 +223,11 @@ def refusal(
     device_type: str,
     dtype: torch.dtype,
     size: int,
-    half: str = "fwd",
     bias: bool = False,
 ) -> str | None:
     """Why ``backend`` cannot serve this call of ``op``; None when it can."""
     if backend not in op.modules:
         return f"{op.name} has no {backend} kernel"
-    if half == "bwd" and backend in op.forward_only:
-        return f"the {backend} kernel of {op.name} has no backward"
     if bias and backend in op.no_bias:
         return f"the {backend} kernel of {op.name} takes no bias"
     record = BACKENDS[backend]
@@ -256,7 +249,6 @@ def refusal(
 @functools.cache
 def _select(
     name: str,
-    half: str,
     device_type: str,
     dtype: torch.dtype,
     size: int,
@@ -266,13 +258,13 @@ def _select(
 ) -> str:
     op = OPS[name]
     if forced is not None:
-        reason = refusal(op, forced, device_type, dtype, size, half, bias)
+        reason = refusal(op, forced, device_type, dtype, size, bias)
         if reason is None:
             return forced
         raise BackendError(f"{name}: backend {forced!r} is forced but cannot serve: {reason}")
     reasons = {}
     for backend in op.modules:
-        reason = refusal(op, backend, device_type, dtype, size, half, bias)
+        reason = refusal(op, backend, device_type, dtype, size, bias)
         if reason is None:
             break
         reasons[backend] = reason
@@ -308,7 +300,7 @@ def choices(
     rows = []
     for name, op in OPS.items():
         size = sizes.get(name, 0)
-        reasons = {b: refusal(op, b, device_type, dtype, size, bias=bias) for b in op.modules}
+        reasons = {b: refusal(op, b, device_type, dtype, size, bias) for b in op.modules}
         usable = [b for b, reason in reasons.items() if reason is None]
         if _forced is not None:
             usable = [b for b in usable if b == _forced]

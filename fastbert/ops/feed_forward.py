@@ -132,7 +132,7 @@ def _fuses(half: str, *matrices: torch.Tensor) -> bool:
     return (
         half in FUSED
         and x.element_size() == 2
-        and OPS["bias_gelu"].choice(half, x, x.shape[1]) == "triton"
+        and OPS["bias_gelu"].choice(x, x.shape[1]) == "triton"
         and all(m.is_contiguous() and m.data_ptr() % 16 == 0 for m in matrices)
         and all(m.shape[1] % 8 == 0 for m in matrices)
     )

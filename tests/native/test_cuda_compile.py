@@ -36,6 +36,9 @@ MOST_REGISTERS = {
     "attention_fwd_wgmma": 255,  # 256 threads: one
     "attention_fwd_wgmma_kernel<half, 64": 128,  # 256 threads: two
     "attention_fwd_wgmma_kernel<bfloat16, 64": 128,
+    "attention_bwd_keys": 255,  # 128 threads: two blocks; 256: one
+    "attention_bwd_queries": 255,  # 128 threads: two blocks
+    "attention_bwd_any": 80,  # 256 threads: three
     "bias_gelu_fwd": 64,  # 256 threads: four
     "bias_gelu_bwd": 80,  # 256 threads: three
     "add_layer_norm_fwd": 104,  # 128 threads: four, at 1024 columns of fp32
@@ -147,7 +150,7 @@ def test_machine_code(
 
         assert not has(r"(LDL|STL)\b.*"), f"{name} uses local memory"
         assert not has(r"(RED|ATOM)\w*\..*"), f"{name} uses atomics: sums in any order"
-        if name.startswith("attention_fwd_mma"):
+        if name.startswith(("attention_fwd_mma", "attention_bwd_keys", "attention_bwd_queries")):
             kind = r"HMMA\.16816\.F32\.BF16" if "bfloat16" in name else r"HMMA\.16816\.F32"
             assert has(kind), f"{name} does not multiply on tensor cores"
             assert has(r"LDGSTS\..*128.*"), f"{name} does not copy 16 bytes at a time"

@@ -124,6 +124,112 @@ def test_attention_does_not_depend_on_timing(
         assert torch.equal(got, want)
 
 
+@DROPOUT
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_attention_bwd_on_tensor_cores(
+    launch: ModuleType, head_dim: int, dtype: torch.dtype, p: float
+) -> None:
+    checks.attention_bwd(launch, place, [0, 1, 65, 0, 64], 2, head_dim, dtype, p=p)
+
+
+# Shared memory that the device offers a block: what attention_bwd.cu chooses by.
+ONE_BLOCK, TWO_KERNELS = 227 * 1024, 32 * 1024
+
+
+@DROPOUT
+@pytest.mark.parametrize("lengths", [[63, 127], [1, 1, 0, 129], [128], []], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("one_block", [True, False], ids=["one block", "two kernels"])
+def test_attention_bwd_over_ragged_lengths(
+    launch: ModuleType, native: emulator.EmulatedCuda, one_block: bool, head_dim: int,
+    lengths: list[int], p: float,
+) -> None:  # fmt: skip
+    native.configure(shared_bytes=ONE_BLOCK if one_block else TWO_KERNELS)
+    checks.attention_bwd(launch, place, lengths, 1, head_dim, BF16, p=p, slack=70)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "lengths"),
+    [(32, [200, 3]), (64, [257, 1, 130]), (64, [512]), (128, [224])],
+    ids=str,
+)
+def test_attention_bwd_sums_dq_over_key_tiles(
+    launch: ModuleType, head_dim: int, lengths: list[int]
+) -> None:
+    checks.attention_bwd(launch, place, lengths, 1, head_dim, FP16, p=0.1)
+
+
+@pytest.mark.parametrize(("head_dim", "length"), [(32, 513), (64, 513), (128, 225)])
+def test_attention_bwd_above_what_one_block_takes(
+    launch: ModuleType, head_dim: int, length: int
+) -> None:
+    checks.attention_bwd(launch, place, [3, length], 1, head_dim, BF16, p=0.1)
+
+
+@DROPOUT
+@DTYPES
+def test_attention_bwd_of_any_head_dim(launch: ModuleType, dtype: torch.dtype, p: float) -> None:
+    checks.attention_bwd(launch, place, [0, 1, 31, 32, 33, 64], 3, 20, dtype, p=p)
+
+
+def test_attention_bwd_in_fp32(launch: ModuleType) -> None:
+    checks.attention_bwd(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
+@pytest.mark.parametrize("head_dim", [20, 32])
+def test_attention_bwd_takes_any_scale(launch: ModuleType, head_dim: int, scale: float) -> None:
+    checks.attention_bwd(launch, place, [5, 40], 1, head_dim, FP16, scale=scale)
+
+
+def test_attention_bwd_off_16_byte_boundaries(launch: ModuleType) -> None:
+    checks.attention_bwd(launch, _misaligned, [3, 40], 1, 32, BF16)
+
+
+@pytest.mark.parametrize("length", [40, 129])
+@pytest.mark.parametrize("one_block", [True, False], ids=["one block", "two kernels"])
+def test_attention_bwd_masks_keys_whose_exp_overflows(
+    launch: ModuleType, native: emulator.EmulatedCuda, one_block: bool, length: int
+) -> None:
+    """Scores are -256 and a little noise: exp(0 - lse), as a key past the end has it, is inf."""
+    native.configure(shared_bytes=ONE_BLOCK if one_block else TWO_KERNELS)
+    qkv = torch.randn(length, 3, 1, 64, generator=torch.Generator().manual_seed(3))
+    qkv[:, 0] += 32.0
+    qkv[:, 1] -= qkv[:, 1].mean(-1, keepdim=True) + 1.0
+    checks.attention_bwd_of(launch, place, qkv.to(BF16), [0, length], 0.125, 0.0, 0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "lengths", "shared_bytes"),
+    [
+        (64, [130, 20], ONE_BLOCK),
+        (128, [130, 20], ONE_BLOCK),
+        (64, [130, 20], TWO_KERNELS),
+        (20, [40, 20], ONE_BLOCK),
+    ],
+    ids=["one key tile", "two key tiles", "two kernels", "any"],
+)
+def test_attention_bwd_does_not_depend_on_timing(
+    launch: ModuleType, native: emulator.EmulatedCuda, head_dim: int, lengths: list[int],
+    shared_bytes: int, reverse: bool, eager: bool,
+) -> None:  # fmt: skip
+    def run() -> torch.Tensor:
+        return checks.attention_bwd(launch, place, lengths, 1, head_dim, BF16, p=0.1)
+
+    native.configure(shared_bytes=shared_bytes)
+    usual = run()
+    native.configure(shared_bytes=shared_bytes, reverse_threads=reverse, eager_copies=eager)
+    assert torch.equal(run(), usual)
+
+
+def test_attention_bwd_refuses_heads_that_do_not_fit(launch: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="attention_bwd: head dimension 4000 is too large"):
+        checks.attention_bwd(launch, place, [1], 1, 4000, FP32)
+
+
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
 @DTYPES
 @pytest.mark.parametrize(
@@ -291,6 +397,16 @@ def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> Non
         *at(wide, bounds, out, lse), rows, 1, heads, head_dim, rows, 0.2, 0.1, *at(seed), 0,
         bf16, stream,
     )  # fmt: skip
+    for width, device in (32, ONE_BLOCK), (32, TWO_KERNELS), (24, ONE_BLOCK):
+        native.configure(shared_bytes=device)
+        packed = place(torch.randn(rows, 3, heads, width).bfloat16())
+        dout, forward = (place(torch.randn(rows, heads, width).bfloat16()) for _ in range(2))
+        dqkv, delta = place(torch.empty_like(packed)), place(torch.empty_like(lse))
+        native.attention_bwd(
+            *at(dout, packed, forward, lse, bounds, dqkv, delta), rows, 1, heads, width, rows, 0.2,
+            0.1, *at(seed), 0, bf16, stream,
+        )  # fmt: skip
+    native.configure()
     native.bias_gelu_fwd(*at(x, vector, out), rows, cols, False, bf16, fp32, stream)
     native.bias_gelu_bwd(
         *at(dy, x, vector, dx, grads[0], gelu_space), rows, cols, False, bf16, fp32, stream

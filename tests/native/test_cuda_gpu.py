@@ -99,14 +99,28 @@ def test_both_instructions_give_the_same_bits_a_hundred_times(
                     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+@DROPOUT
+@DTYPES
+@pytest.mark.parametrize("head_dim", [20, 32, 64, 128])
+@pytest.mark.parametrize("longest", [64, 128, 129, 256, 300, 512, 513, 1100])
+def test_attention_bwd(
+    launch: ModuleType, longest: int, head_dim: int, dtype: torch.dtype, p: float
+) -> None:
+    """Each way to take a (sequence, head): in one key tile, in several, in two kernels, plainly."""
+    lengths = [n for n in LENGTHS if n < longest]
+    checks.attention_bwd(launch, place, [*lengths, longest], 3, head_dim, dtype, p=p)
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [1], [1] * 70_000], ids=["none", "0", "1", "many"])
 def test_attention_over_unusual_batches(launch: ModuleType, lengths: list[int]) -> None:
     checks.attention(launch, place, lengths, 1, 64, BF16, p=0.1)
+    checks.attention_bwd(launch, place, lengths, 1, 64, BF16, p=0.1)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-60, -0.2, 3.0], ids=str)
 def test_attention_takes_any_scale(launch: ModuleType, scale: float) -> None:
     checks.attention(launch, place, [5, 40], 1, 32, FP16, scale=scale)
+    checks.attention_bwd(launch, place, [5, 40], 1, 32, FP16, scale=scale)
 
 
 def test_attention_past_32_bit_offsets(launch: ModuleType) -> None:
@@ -122,6 +136,24 @@ def test_attention_past_32_bit_offsets(launch: ModuleType) -> None:
     checks.assert_close("out", out[-length:], want, torch.finfo(BF16).eps)
     checks.assert_close("lse", lse[:, -length:], want_lse)
     assert not out[:-length].any()
+
+
+@pytest.mark.parametrize("max_seqlen", [96, 600], ids=["one block", "two kernels"])
+def test_attention_bwd_past_32_bit_offsets(launch: ModuleType, max_seqlen: int) -> None:
+    heads, head_dim, length = 12, 64, 96
+    tokens = 2**31 // (3 * heads * head_dim) + 4 * length
+    generator = torch.Generator().manual_seed(1)
+    last = torch.randn(length, 3, heads, head_dim, generator=generator).bfloat16()
+    last_dout = torch.randn(length, heads, head_dim, generator=generator).bfloat16()
+    qkv = torch.zeros(tokens, 3, heads, head_dim, dtype=BF16, device="cuda")
+    dout = torch.zeros(tokens, heads, head_dim, dtype=BF16, device="cuda")
+    qkv[-length:], dout[-length:] = last.cuda(), last_dout.cuda()
+    bounds = torch.tensor([0, *range(tokens % length, tokens + 1, length)], dtype=torch.int32)
+    out, lse = launch.attention_fwd(qkv, bounds.cuda(), length, 0.125, 0.0, None, 0)
+    dqkv = launch.attention_bwd(dout, qkv, out, lse, bounds.cuda(), max_seqlen, 0.125, 0.0, None, 0)
+    want = formulas.attention_bwd(last_dout, last, out[-length:], [0, length], 0.125, 0.0, 0, 0)
+    checks.assert_close("dqkv", dqkv[-length:], want, torch.finfo(BF16).eps)
+    assert not dqkv[:-length].any()
 
 
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
@@ -172,6 +204,7 @@ def test_add_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
     checks.embed_layer_norm(launch, misaligned, 300, 96, BF16, BF16, p=0.3)
     checks.bias_gelu(launch, misaligned, 6, 96, BF16, BF16, False)
     checks.attention(launch, misaligned, [3, 40], 1, 32, BF16)
+    checks.attention_bwd(launch, misaligned, [3, 40], 1, 32, BF16)
 
 
 def test_the_same_bits_a_hundred_times(launch: ModuleType) -> None:
@@ -194,15 +227,14 @@ def test_the_same_bits_a_hundred_times(launch: ModuleType) -> None:
         gelu = launch.bias_gelu_bwd(dy, x, bias, False)
         embedded = launch.embed_layer_norm_fwd(*tables, bias, 1e-5, 0.1, seed, 2)
         table_grads = launch.embed_layer_norm_bwd(dy, *tables, *embedded[1:], 0.1, seed, 2)
-        return [
-            y,
-            *saved,
-            *grads,
-            *gelu,
-            *embedded,
-            *table_grads,
-            *launch.attention_fwd(qkv, bounds, 512, 0.125, 0.1, seed, 1),
+        out, lse = launch.attention_fwd(qkv, bounds, 512, 0.125, 0.1, seed, 1)
+        dqkvs = [  # in one block each, in several key tiles; in two kernels
+            launch.attention_bwd(
+                dy.view_as(out), qkv, out, lse, bounds, longest, 0.125, 0.1, seed, 1
+            )
+            for longest in (512, 1024)
         ]
+        return [y, *saved, *grads, *gelu, *embedded, *table_grads, out, lse, *dqkvs]
 
     first = run()
     for _ in range(100):

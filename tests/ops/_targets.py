@@ -52,19 +52,15 @@ def targets(
     op: str,
     *,
     vectors: bool = False,
-    forward: bool = False,
     only: tuple[torch.dtype, ...] | None = None,
 ) -> list[Any]:
     """Parameters for every backend of ``op`` in the table and every dtype that it takes.
 
     vectors: each dtype a second time, with the vectors in fp32.
-    forward: for a test without gradients: those backends too that have no backward half.
     only: leave out other dtypes.
     CUDA targets carry the mark ``gpu`` and are left out where torch finds no GPU.
     """
-    left_out = () if forward else OPS[op].forward_only
-    backends = tuple(backend for backend in OPS[op].modules if backend not in left_out)
-    return _parameters(_targets(backends, vectors), only)
+    return _parameters(_targets(tuple(OPS[op].modules), vectors), only)
 
 
 def _parameters(chosen: Iterable[Target], only: tuple[torch.dtype, ...] | None = None) -> list[Any]:

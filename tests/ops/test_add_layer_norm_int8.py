@@ -12,7 +12,7 @@ from ._targets import Draw, Target, targets
 pytestmark = pytest.mark.usefixtures("poison")
 
 on_every_target = pytest.mark.parametrize(
-    "target", targets("add_layer_norm_int8", forward=True, vectors=True), indirect=True
+    "target", targets("add_layer_norm_int8", vectors=True), indirect=True
 )
 
 

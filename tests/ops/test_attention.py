@@ -112,7 +112,7 @@ def test_parity(target: Target, lengths: Lengths, heads: int, dim: int, p: float
         check_parity(*as_one, {"qkv": torch.stack(tuple(inputs.values()), 1)}, grad)
 
 
-@pytest.mark.parametrize("target", targets("attention", forward=True), indirect=True)
+@pytest.mark.parametrize("target", targets("attention"), indirect=True)
 @pytest.mark.parametrize(("lengths", "heads", "dim"), CASES, ids=str)
 def test_parity_of_inference(target: Target, lengths: Lengths, heads: int, dim: int) -> None:
     inputs = example(Draw(target), sum(lengths), heads, dim)

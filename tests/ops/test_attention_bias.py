@@ -234,7 +234,7 @@ def test_force_and_strict_mode_say_why(on_cpu: None) -> None:
         with use_backend("cpp"), pytest.raises(BackendError, match="'cpp' is forced.*no bias"):
             attention(QKV, CU_SEQLENS, 4, bias=bias)
     for backend in OPS["attention"].no_bias:
-        call = (OPS["attention"], backend, "cpu", torch.float32, 8, "fwd")
+        call = (OPS["attention"], backend, "cpu", torch.float32, 8)
         assert "takes no bias" in str(_registry.refusal(*call, bias=True))
         assert "takes no bias" not in str(_registry.refusal(*call, bias=False))
 

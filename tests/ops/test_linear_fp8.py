@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 FP8 = torch.float8_e4m3fn
 on_every_target = pytest.mark.parametrize(
     "target",
-    targets("linear_fp8", forward=True, only=(torch.float32, torch.bfloat16)),
+    targets("linear_fp8", only=(torch.float32, torch.bfloat16)),
     indirect=True,
 )
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 FLOATS = (torch.float32, torch.bfloat16)
 on_every_target = pytest.mark.parametrize(
-    "target", targets("linear_int8", forward=True, only=FLOATS), indirect=True
+    "target", targets("linear_int8", only=FLOATS), indirect=True
 )
 SIZES = [(0, 64, 48), (1, 16, 16), (17, 96, 70), (65, 768, 100), (3, 100, 1)]
 

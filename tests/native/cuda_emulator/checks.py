@@ -83,6 +83,41 @@ def attention(
     return out, lse
 
 
+def attention_bwd(
+    launch: ModuleType, place: Place, lengths: list[int], heads: int, head_dim: int,
+    dtype: torch.dtype, *, p: float = 0.0, scale: float | None = None, slack: int = 0,
+) -> Tensor:  # fmt: skip
+    """``slack``: how much max_seqlen exceeds the longest sequence."""
+    scale = head_dim**-0.5 if scale is None else scale
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    qkv = _randn(_generator(), sum(lengths), 3, heads, head_dim, dtype=dtype)
+    return attention_bwd_of(launch, place, qkv, bounds, scale, p, slack)
+
+
+def attention_bwd_of(
+    launch: ModuleType, place: Place, qkv: Tensor, bounds: list[int], scale: float, p: float,
+    slack: int,
+) -> Tensor:  # fmt: skip
+    """``bounds``: cu_seqlens."""
+    dtype = qkv.dtype
+    dout = _randn(torch.Generator().manual_seed(8), *qkv[:, 0].shape, dtype=dtype)
+    out, lse = formulas.attention(qkv, bounds, scale, p, SEED, OFFSET)
+    out, lse = out.to(dtype), lse.float()
+    longest = max((b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)), default=0)
+    with poisoned():
+        dqkv = launch.attention_bwd(
+            place(dout), place(qkv), place(out), place(lse), place(torch.tensor(bounds).int()),
+            longest + slack, scale, p, _seed(p, place), OFFSET,
+        )  # fmt: skip
+    want = formulas.attention_bwd(dout, qkv, out, bounds, scale, p, SEED, OFFSET)
+    assert dqkv.dtype == dtype
+    # p and ds are rounded to 16 bits, so the error is relative to the largest value.
+    floor = 4e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for which, name in enumerate(("dq", "dk", "dv")):
+        assert_close(name, dqkv[:, which], want[:, which], floor)
+    return dqkv
+
+
 def bias_gelu(
     launch: ModuleType, place: Place, rows: int, cols: int, dtype: torch.dtype,
     vector_dtype: torch.dtype | None, tanh: bool,

@@ -71,8 +71,11 @@ inline void check_alignment(const void* address, size_t alignment) {
   }
 }
 
+/// What the device says that a block may have at most.
+int shared_memory_on_offer();
+
 /// cp.async of the running thread.
-void copy_async(uint32_t shared, const void* global, bool valid);
+void copy_async(uint32_t shared, const void* global, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 bool is_eager();  // what is asynchronous happens when issued, not when waited for
@@ -135,6 +138,11 @@ using std::min;
 
 // Host API, as far as launch.cuh uses it.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef struct CUstream_st* cudaStream_t;
 struct cudaLaunchConfig_t {
@@ -145,13 +153,22 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 // A Hopper GPU, which runs every kernel that there is.
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulator::shared_memory_on_offer();
+      break;
+  }
   return cudaSuccess;
 }
 template <typename Kernel>

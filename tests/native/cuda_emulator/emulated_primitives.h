@@ -8,6 +8,8 @@ namespace fastbert::cuda {
 
 inline unsigned char* dynamic_shared_memory() { return emulator::shared_memory(); }
 
+inline int reread_thread_index() { return static_cast<int>(threadIdx.x); }
+
 /// Offsets into the block's shared memory serve as addresses.
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) -
@@ -20,7 +22,10 @@ inline void store_global16(void* global, uint4 value) {
 }
 
 inline void cp_async16(uint32_t shared, const void* global, bool valid) {
-  emulator::copy_async(shared, global, valid);
+  emulator::copy_async(shared, global, 16, valid);
+}
+inline void cp_async4(uint32_t shared, const void* global, bool valid) {
+  emulator::copy_async(shared, global, 4, valid);
 }
 inline void cp_async_commit() { emulator::copy_async_commit(); }
 template <int kPending>

@@ -24,12 +24,14 @@ constexpr size_t kStackBytes = 64 * 1024;
 /// How a run may differ and a correct kernel not: set by tests through emulator_configure().
 bool reverse_order = false;  // the order in which threads run between two meetings
 bool eager_copies = false;   // cp.async and wgmma happen at once, not as late as the wait allows
+int shared_bytes_on_offer = 227 * 1024;  // what a block may have, says the device
 
 enum class State { kReady, kAtWarp, kAtWarpgroup, kAtBlock, kDone };
 
 struct Copy {
   uint32_t shared;
   const void* global;
+  size_t bytes;
   bool valid;
 };
 
@@ -43,7 +45,8 @@ struct Fiber {
   int parity;             // slots alternate, so that a fast lane never overwrites unread data
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
-  std::vector<uint32_t> unpublished;  // where its copies went since its last fence.proxy.async
+  // Where its copies went, and their bytes, since its last fence.proxy.async.
+  std::vector<std::pair<uint32_t, size_t>> unpublished;
 };
 
 struct Warp {
@@ -164,11 +167,11 @@ void run_block(size_t threads) {
 void complete(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
     if (copy.valid) {
-      std::memcpy(shared + copy.shared, copy.global, 16);
+      std::memcpy(shared + copy.shared, copy.global, copy.bytes);
     } else {
-      std::memset(shared + copy.shared, 0, 16);
+      std::memset(shared + copy.shared, 0, copy.bytes);
     }
-    running->unpublished.push_back(copy.shared);
+    running->unpublished.emplace_back(copy.shared, copy.bytes);
   }
 }
 
@@ -191,19 +194,21 @@ int thread_index() { return running->thread; }
 bool is_eager() { return eager_copies; }
 unsigned char* shared_memory() { return shared; }
 size_t shared_memory_size() { return shared_size; }
+int shared_memory_on_offer() { return shared_bytes_on_offer; }
 
 const unsigned char* shared_memory_of_async_proxy() { return shared_of_async_proxy.data(); }
 void publish_to_async_proxy() {
-  for (const uint32_t at : std::exchange(running->unpublished, {})) {
-    std::memcpy(shared_of_async_proxy.data() + at, shared + at, 16);
+  for (const auto& [at, bytes] : std::exchange(running->unpublished, {})) {
+    std::memcpy(shared_of_async_proxy.data() + at, shared + at, bytes);
   }
 }
 
-void copy_async(uint32_t to, const void* global, bool valid) {
-  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || to + 16 > shared_size) {
+void copy_async(uint32_t to, const void* global, size_t bytes, bool valid) {
+  if (to % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0 ||
+      to + bytes > shared_size) {
     throw std::runtime_error("cp.async: address unaligned or out of shared memory");
   }
-  const Copy copy{to, global, valid};
+  const Copy copy{to, global, bytes, valid};
   if (eager_copies) {
     complete({copy});
   } else {
@@ -245,7 +250,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 
 }  // namespace emulator
 
-extern "C" void emulator_configure(bool reverse, bool eager) {
+extern "C" void emulator_configure(bool reverse, bool eager, int shared_bytes) {
   emulator::reverse_order = reverse;
   emulator::eager_copies = eager;
+  emulator::shared_bytes_on_offer = shared_bytes;
 }

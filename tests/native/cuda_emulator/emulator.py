@@ -38,10 +38,18 @@ class EmulatedCuda:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
-    def configure(self, *, reverse_threads: bool = False, eager_copies: bool = False) -> None:
-        """What real hardware leaves open: the order of threads between two meetings, and whether an
-        asynchronous copy or product is made when issued or only when waited for."""
-        self._library.emulator_configure(reverse_threads, eager_copies)
+    def configure(
+        self,
+        *,
+        reverse_threads: bool = False,
+        eager_copies: bool = False,
+        shared_bytes: int = 227 * 1024,
+    ) -> None:
+        """What real hardware leaves open: the order of threads between two meetings, whether an
+        asynchronous copy or product is made when issued or only when waited for, and how much
+        shared memory the device offers a block (sm_90 and sm_100: 227 KB; sm_80: 163 KB; sm_89:
+        99 KB)."""
+        self._library.emulator_configure(reverse_threads, eager_copies, shared_bytes)
 
     def __getattr__(self, name: str) -> Any:
         address = ctypes.c_void_p.in_dll(self._library, name).value

@@ -28,6 +28,7 @@ struct Export<kFunction> {
 
 extern "C" {
 auto* attention_fwd = &Export<fastbert::cuda::attention_fwd>::call;
+auto* attention_bwd = &Export<fastbert::cuda::attention_bwd>::call;
 auto* bias_gelu_fwd = &Export<fastbert::cuda::bias_gelu_fwd>::call;
 auto* bias_gelu_bwd = &Export<fastbert::cuda::bias_gelu_bwd>::call;
 auto* add_layer_norm_fwd = &Export<fastbert::cuda::add_layer_norm_fwd>::call;

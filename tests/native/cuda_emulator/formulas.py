@@ -73,6 +73,27 @@ def attention(
     return out, lse
 
 
+def attention_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, cu_seqlens: list[int], scale: float, p: float,
+    seed: int, offset: int,
+) -> Tensor:  # fmt: skip
+    """dqkv (T, 3, N, D) by autograd, but that delta_i = dout_i . out_i comes from the given out: a
+    kernel is handed the rounded one. Another delta changes ds_ij by p_ij times the difference."""
+    exact = qkv.double().cpu().requires_grad_()
+    dout, out = dout.double().cpu(), out.double().cpu()
+    want = attention(exact, cu_seqlens, scale, p, seed, offset)[0]
+    if not want.requires_grad:  # no token
+        return torch.zeros_like(exact)
+    (dqkv,) = torch.autograd.grad(want, exact, dout)
+    difference = (dout * (out - want.detach())).sum(-1).T  # (N, T)
+    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        q, k, _ = exact.detach()[start:end].permute(1, 2, 0, 3)
+        ds = (scale * q @ k.transpose(1, 2)).softmax(-1) * -difference[:, start:end, None]
+        dqkv[start:end, 0] += scale * (ds @ k).transpose(0, 1)
+        dqkv[start:end, 1] += scale * (ds.transpose(1, 2) @ q).transpose(0, 1)
+    return dqkv
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     u = x if bias is None else x + bias
     if tanh:
