@@ -288,17 +288,17 @@ def _other_backwards(
     ours: Callable[[Tensor], Tensor],
     qkv: Tensor, dout: Tensor, half: str, dropout: float, longest: int,
 ) -> dict[str, Run]:  # fmt: skip
-    """Our backwards that ``_config.attention_bwd`` does not take here, by the name of each."""
-    from fastbert.kernels import _attention, _config, attention
+    """Our backwards that ``_attention_config.bwd`` does not take here, by the name of each."""
+    from fastbert.kernels import _attention, _attention_config, attention
 
     kind = _attention.kind(qkv, dropout, None)
-    short = _config.attention_bwd_short(*kind)
+    short = _attention_config.bwd_short(*kind)
     serves = {
         "two_kernels": True,
         "short": short is not None and longest <= short.block_m,
-        "one_pass": _config.attention_bwd_one_pass(*kind) is not None,
+        "one_pass": _attention_config.bwd_one_pass(*kind) is not None,
     }
-    default = _config.attention_bwd(longest, *kind)
+    default = _attention_config.bwd(longest, *kind)
 
     def by(way: str) -> Run:
         run = half_of(half, ours, [qkv], dout)

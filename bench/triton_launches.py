@@ -32,6 +32,8 @@ def _attention_call(
 def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False, mask: bool = False) -> None:
     from fastbert.kernels import attention
 
+    if mask and dtype.itemsize != 2:
+        return  # _attention_dropout.chosen_mask takes none
     qkv, site = _attention_call(dtype, head_dim, p, bias, 512, mask)
     out, lse = attention.attention_fwd(qkv, *site)
     attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
@@ -43,9 +45,9 @@ def _attention_bwd(
     """One of the backwards in one kernel, where it has a tile."""
     import torch
 
-    from fastbert.kernels import _config, attention
+    from fastbert.kernels import _attention_config, _config, attention
 
-    choose = getattr(_config, f"attention_bwd_{way}")
+    choose = getattr(_attention_config, f"bwd_{way}")
     arch = _config.capability(torch.empty(0))
     tile = choose(head_dim, dtype.itemsize, p > 0.0, arch, bias)
     if tile is not None:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _config
+from fastbert.kernels import _attention_config, _config
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def grid(tiles_per_sequence: int, cu_seqlens: torch.Tensor, num_heads: int) -> t
     return tiles_per_sequence * (cu_seqlens.shape[0] - 1), num_heads
 
 
-def tile_args(head_dim: int, tile: _config.AttentionTile) -> dict[str, int]:
+def tile_args(head_dim: int, tile: _attention_config.Tile) -> dict[str, int]:
     """The keyword arguments by which a kernel gets its tile."""
     return {
         "HEAD_DIM": head_dim,

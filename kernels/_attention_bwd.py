@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _attention_dropout, _config
+from fastbert.kernels import _attention, _attention_config, _attention_dropout
 
 
 @triton.jit(
@@ -232,7 +232,9 @@ def two_kernels(
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty."""
     num_tokens, _, num_heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv)
-    dq_tile, dkdv_tile = _config.attention(*_attention.kind(qkv, dropout_p, bias, dropout_mask))[1:]
+    dq_tile, dkdv_tile = _attention_config.tiles(
+        *_attention.kind(qkv, dropout_p, bias, dropout_mask)
+    )[1:]
     delta = torch.empty_like(lse)
     bias_args = _attention.bias_args(bias)
     dropout = _attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask)

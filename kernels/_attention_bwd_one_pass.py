@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _attention_dropout, _config
+from fastbert.kernels import _attention, _attention_config, _attention_dropout
 
 
 @triton.jit(do_not_specialize=["num_tokens", "dropout_threshold", "dropout_offset"])
@@ -189,7 +189,7 @@ def longest_first(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
     num_sequences = cu_seqlens.shape[0] - 1
     order = torch.empty(num_sequences, dtype=torch.int32, device=cu_seqlens.device)
-    block = _config.LONGEST_FIRST_BLOCK
+    block = _attention_config.LONGEST_FIRST_BLOCK
     _longest_first_kernel[(triton.cdiv(num_sequences, block),)](
         cu_seqlens, order, num_sequences, BLOCK=block, num_warps=4
     )
@@ -212,10 +212,10 @@ def one_pass(
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
-    Raises ValueError where ``_config.attention_bwd_one_pass`` has no tile.
+    Raises ValueError where ``_attention_config.bwd_one_pass`` has no tile.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_one_pass(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
+    tile = _attention_config.bwd_one_pass(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     if tile is None:
         raise ValueError(
             f"qkv: got {qkv.dtype} with head_dim {head_dim}, expected 16 bits and 64, on sm_90 or "

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _attention_dropout, _config
+from fastbert.kernels import _attention, _attention_config, _attention_dropout
 
 
 @triton.jit(do_not_specialize=["num_tokens", "dropout_threshold", "dropout_offset"])
@@ -144,10 +144,10 @@ def short(
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
-    Raises ValueError where ``_config.attention_bwd_short`` has no tile as long as max_seqlen.
+    Raises ValueError where ``_attention_config.bwd_short`` has no tile as long as max_seqlen.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
-    tile = _config.attention_bwd_short(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
+    tile = _attention_config.bwd_short(*_attention.kind(qkv, dropout_p, bias, dropout_mask))
     longest = 0 if tile is None else tile.block_m
     if tile is None or max_seqlen > longest:
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at most {longest}")

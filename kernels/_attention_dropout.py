@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _config, _philox
+from fastbert.kernels import _attention, _attention_config, _philox
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def dropout_mask(
     quads = triton.cdiv(max_seqlen, 128)
     shape = (num_heads, num_tokens, 4 * quads)
     mask = torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device)
-    block_m, num_warps = _config.attention_dropout_mask()
+    block_m, num_warps = _attention_config.dropout_mask()
     tiles_per_sequence = triton.cdiv(max_seqlen, block_m)
     seed, threshold, offset, _ = _philox.dropout_args(dropout_p, dropout_seed, dropout_offset)
     with torch.cuda.device_of(cu_seqlens):
@@ -144,8 +144,10 @@ def chosen_mask(
     qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
     p: float, seed: torch.Tensor | None, offset: int,
 ) -> torch.Tensor | None:  # fmt: skip
-    """The mask where ``_config.attention_dropout`` takes it, None for no dropout or for Philox."""
-    if seed is None or p == 0.0 or _config.attention_dropout() == "philox":
+    """The mask where ``_attention_config.dropout`` takes it, None for no dropout or for Philox."""
+    if seed is None or p == 0.0 or _attention_config.dropout() == "philox":
+        return None
+    if qkv.element_size() != 2:  # in fp32 two of the kernels that read the mask spill
         return None
     num_tokens, _, num_heads, _ = qkv.shape
     return dropout_mask(cu_seqlens, max_seqlen, num_tokens, num_heads, p, seed, offset)

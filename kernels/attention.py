@@ -3,7 +3,7 @@
 Vaswani et al., arXiv 1706.03762, eq. 1, tiled with an online softmax (Dao, FlashAttention-2, arXiv
 2307.08691). The grid covers every sequence with tiles for ``max_seqlen`` tokens; programs past a
 sequence's end return at once, so no length is read on the host. Backward recomputes the
-probabilities from ``lse``, in one of three ways (``_config.attention_bwd``), none with atomics.
+probabilities from ``lse``, in one of three ways (``_attention_config.bwd``), none with atomics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention, _attention_dropout, _config
+from fastbert.kernels import _attention, _attention_config, _attention_dropout
 from fastbert.kernels._attention_bwd import two_kernels
 from fastbert.kernels._attention_bwd_one_pass import one_pass
 from fastbert.kernels._attention_bwd_short import short
@@ -153,7 +153,7 @@ def attention_fwd(
     dropout = (dropout_p, dropout_seed, dropout_offset)
     if dropout_mask is None:
         dropout_mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
-    tile = _config.attention(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
+    tile = _attention_config.tiles(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
     tiles_per_sequence = triton.cdiv(max_seqlen, tile.block_m)
     with torch.cuda.device_of(qkv):
         _attention_fwd_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
@@ -199,7 +199,7 @@ def attention_bwd(
         dropout_mask = _attention_dropout.chosen_mask(
             qkv, cu_seqlens, max_seqlen, dropout_p, dropout_seed, dropout_offset
         )
-    way = _config.attention_bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
+    way = _attention_config.bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
     return BACKWARDS[way](
         dout,
         qkv,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastbert.kernels import (
+    _attention_config,
     _attention_dropout,
     _config,
     add_layer_norm,
@@ -230,7 +231,7 @@ def why_not_here(name):
     arch = _config.capability(torch.empty(0, device=DEVICE))
     operation, _, way = name.removesuffix(" mask").partition(" ")
     if way in ("short", "one_pass"):
-        choose = getattr(_config, f"attention_bwd_{way}")
+        choose = getattr(_attention_config, f"bwd_{way}")
         if any(choose(HEAD_DIM, DTYPE.itemsize, p, arch) is None for p in (False, True)):
             return "there is no tile for it"
     since = (8, 0) if INTERPRETED else OPS[operation].since if operation in OPS else None

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastbert.kernels import _config, attention
+from fastbert.kernels import _attention_config, attention
 
 from ._parity import (
     DEVICE,
@@ -85,9 +85,9 @@ def check_attention(lengths, head_dim, dtype, p, scale=1.0, num_heads=2):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences fill several, with different sizes on each side."""
-    tile = _config.AttentionTile
-    tiles = _config.AttentionTiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
-    monkeypatch.setattr(_config, "attention", lambda *args: tiles)
+    tile = _attention_config.Tile
+    tiles = _attention_config.Tiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
+    monkeypatch.setattr(_attention_config, "tiles", lambda *args: tiles)
 
 
 LENGTHS = [1, 0, 40, 17]

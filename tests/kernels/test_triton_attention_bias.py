@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastbert.kernels import _config, attention
+from fastbert.kernels import _attention_config, attention
 
 from ._attention import attention_factors, attention_formula, cu_seqlens_of
 from ._parity import (
@@ -42,11 +42,11 @@ def test_under_the_interpreter(tmp_path):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences fill several; one-kernel tiles in every dtype."""
-    tile = _config.AttentionTile
-    tiles = _config.AttentionTiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
-    monkeypatch.setattr(_config, "attention", lambda *args: tiles)
-    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: tile(64, 16, 4, 2))
-    monkeypatch.setattr(_config, "attention_bwd_one_pass", lambda *args: tile(16, 32, 4, 2))
+    tile = _attention_config.Tile
+    tiles = _attention_config.Tiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
+    monkeypatch.setattr(_attention_config, "tiles", lambda *args: tiles)
+    monkeypatch.setattr(_attention_config, "bwd_short", lambda *args: tile(64, 16, 4, 2))
+    monkeypatch.setattr(_attention_config, "bwd_one_pass", lambda *args: tile(16, 32, 4, 2))
 
 
 def random_bias(heads, lengths, width, dtype):
@@ -133,9 +133,9 @@ def test_tiles_for_every_device(arch):
         for itemsize in (2, 4):
             for dropout in (False, True):
                 call = (head_dim, itemsize, dropout, arch, True)
-                for tile in _config.attention(*call):
+                for tile in _attention_config.tiles(*call):
                     assert min(tile.block_m, tile.block_n) >= 16  # tl.dot's least
-                short = _config.attention_bwd_short(*call)
+                short = _attention_config.bwd_short(*call)
                 assert short is None or (itemsize == 2 and head_dim <= 64)
                 longest = 0 if short is None else short.block_m
-                assert _config.attention_bwd(longest + 1, *call) == "two_kernels"
+                assert _attention_config.bwd(longest + 1, *call) == "two_kernels"

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastbert import ops
-from fastbert.kernels import _attention_dropout, _config, attention
+from fastbert.kernels import _attention_config, _attention_dropout, attention
 from fastbert.packed import PackedBatch
 
 from ._attention import cu_seqlens_of
@@ -69,13 +69,15 @@ def test_the_mask_holds_the_bits_of_philox(lengths):
 
 def set_tiles(monkeypatch, keys):
     """Tiles of so many keys, fewer than a word has bits or several words."""
-    tile = _config.AttentionTile
+    tile = _attention_config.Tile
     query, key = tile(32, keys, 4, 2), tile(16, keys, 4, 2)
     monkeypatch.setattr(
-        _config, "attention", lambda *args: _config.AttentionTiles(query, query, key)
+        _attention_config,
+        "tiles",
+        lambda *args: _attention_config.Tiles(query, query, key),
     )
-    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: tile(64, keys, 4, 2))
-    monkeypatch.setattr(_config, "attention_bwd_one_pass", lambda *args: key)
+    monkeypatch.setattr(_attention_config, "bwd_short", lambda *args: tile(64, keys, 4, 2))
+    monkeypatch.setattr(_attention_config, "bwd_one_pass", lambda *args: key)
 
 
 def both_halves(qkv, dout, lengths, way, bias, mask):
@@ -118,20 +120,21 @@ def test_the_choice_is_the_launchers_own(choice, monkeypatch):
         _attention_dropout, "dropout_mask", lambda *args: made.append(make(*args)) or made[-1]
     )
     torch.manual_seed(0)
-    qkv, dout = random(20, 3, HEADS, 32), random(20, HEADS, 32)
+    qkv, dout = random(20, 3, HEADS, 32).half(), random(20, HEADS, 32).half()
     cu_seqlens = cu_seqlens_of([5, 15])
 
-    def halves(p):
+    def halves(p, qkv=qkv, dout=dout):
         site = (cu_seqlens, 15, 0.2, *dropout_args(p))
         out, lse = attention.attention_fwd(qkv, *site)
         return out, attention.attention_bwd(dout, qkv, out, lse, *site)
 
     expected = halves(P)
     assert made == []  # nobody has measured that it pays
-    monkeypatch.setattr(_config, "attention_dropout", lambda: choice)
+    monkeypatch.setattr(_attention_config, "dropout", lambda: choice)
     for ours, theirs in zip(halves(P), expected, strict=True):
         assert torch.equal(ours, theirs)
     halves(0.0)
+    halves(P, qkv.float(), dout.float())
     assert len(made) == (2 if choice == "mask" else 0)
 
 
@@ -177,10 +180,10 @@ def test_the_masks_tiles_serve_the_same_lengths(arch):
     for head_dim in (32, 64, 128):
         for itemsize in (2, 4):
             call = (head_dim, itemsize, True, arch)
-            drawn = _config.attention(*call)
-            read = _config.attention(*call, False, True)
+            drawn = _attention_config.tiles(*call)
+            read = _attention_config.tiles(*call, False, True)
             assert [tile[:3] for tile in read] == [tile[:3] for tile in drawn]
-            shorts = [_config.attention_bwd_short(*call, False, mask) for mask in (False, True)]
+            shorts = [_attention_config.bwd_short(*call, False, mask) for mask in (False, True)]
             assert len({tile and tile.block_m for tile in shorts}) == 1
-            ways = {_config.attention_bwd(64, *call, False, mask) for mask in (False, True)}
+            ways = {_attention_config.bwd(64, *call, False, mask) for mask in (False, True)}
             assert len(ways) == 1

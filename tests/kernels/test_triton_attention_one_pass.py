@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastbert.kernels import _config, attention
+from fastbert.kernels import _attention_config, attention
 from fastbert.kernels._attention_bwd_one_pass import longest_first
 
 from ._attention import attention_factors, attention_formula, cu_seqlens_of
@@ -43,11 +43,11 @@ def test_under_the_interpreter(tmp_path):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences fill several; one-kernel tiles in every dtype."""
-    tile = _config.AttentionTile
-    tiles = _config.AttentionTiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
-    monkeypatch.setattr(_config, "attention", lambda *args: tiles)
-    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: tile(64, 16, 4, 2))
-    monkeypatch.setattr(_config, "attention_bwd_one_pass", lambda *args: tile(16, 32, 4, 2))
+    tile = _attention_config.Tile
+    tiles = _attention_config.Tiles(tile(32, 16, 4, 2), tile(16, 32, 4, 2), tile(16, 32, 4, 2))
+    monkeypatch.setattr(_attention_config, "tiles", lambda *args: tiles)
+    monkeypatch.setattr(_attention_config, "bwd_short", lambda *args: tile(64, 16, 4, 2))
+    monkeypatch.setattr(_attention_config, "bwd_one_pass", lambda *args: tile(16, 32, 4, 2))
 
 
 def backward(way, qkv, dout, lengths, p=0.0, max_seqlen=None, bias=None):
@@ -136,8 +136,8 @@ def test_the_ways_agree_to_the_last_rounding(small_tiles):
 @pytest.mark.parametrize("most", [16, 17])
 def test_attention_bwd_takes_the_short_way_where_it_can(most, monkeypatch):
     """With 16 queries a tile: 16 tokens take it, 17 do not."""
-    tile = _config.AttentionTile(16, 16, 4, 1)
-    monkeypatch.setattr(_config, "attention_bwd_short", lambda *args: tile)
+    tile = _attention_config.Tile(16, 16, 4, 1)
+    monkeypatch.setattr(_attention_config, "bwd_short", lambda *args: tile)
     taken = []
     for way in attention.BACKWARDS:
         monkeypatch.setitem(attention.BACKWARDS, way, lambda *args, way=way: taken.append(way))
@@ -166,7 +166,7 @@ def test_what_a_way_cannot_serve(way, head_dim, most, message):
 @kernel_test
 @pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [0, 9, 3, 9, 0, 12], [*range(50), *range(60)]])
 def test_longest_first(lengths, monkeypatch):
-    monkeypatch.setattr(_config, "LONGEST_FIRST_BLOCK", 32)
+    monkeypatch.setattr(_attention_config, "LONGEST_FIRST_BLOCK", 32)
     order = longest_first(cu_seqlens_of(lengths))
     expected = torch.tensor(lengths, device=DEVICE).argsort(descending=True, stable=True)
     assert order.tolist() == expected.tolist()
@@ -195,12 +195,12 @@ def test_choices_for_every_device(arch):
     for head_dim in (1, 32, 33, 64, 128, 256):
         for dropout in (False, True):
             call = (head_dim, 2, dropout, arch)
-            tile = _config.attention_bwd_short(*call)
+            tile = _attention_config.bwd_short(*call)
             longest = 0 if tile is None else tile.block_m
             assert longest >= 64 or head_dim > 128
             for most, way in ((longest, "short"), (longest + 1, "two_kernels")):
                 if most:
-                    assert _config.attention_bwd(most, *call) == way
-            assert _config.attention_bwd(1, head_dim, 4, dropout, arch) == "two_kernels"
-            one_pass = _config.attention_bwd_one_pass(*call)
+                    assert _attention_config.bwd(most, *call) == way
+            assert _attention_config.bwd(1, head_dim, 4, dropout, arch) == "two_kernels"
+            one_pass = _attention_config.bwd_one_pass(*call)
             assert (one_pass is not None) == (head_dim == 64 and arch[0] in (9, 10))

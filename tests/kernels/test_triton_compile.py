@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastbert.kernels import _config
+from fastbert.kernels import _attention_config, _config
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
 # What they read are a few offsets.
@@ -91,7 +91,7 @@ def test_attention_has_tiles_for_every_device(arch):
     for head_dim in (1, 16, 31, 32, 33, 64, 80, 128, largest):
         for itemsize in (2, 4):
             for dropout in (False, True):
-                for tile in _config.attention(head_dim, itemsize, dropout, arch):
+                for tile in _attention_config.tiles(head_dim, itemsize, dropout, arch):
                     assert all(map(is_power_of_two, (tile.block_m, tile.block_n, tile.num_warps)))
                     assert min(tile.block_m, tile.block_n) >= 16  # tl.dot's least
 
