@@ -7,6 +7,7 @@ Padding exists at the two edges of a model only. ``from_padded``, ``from_sequenc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -177,7 +178,7 @@ class PackedBatch:
 
     def replace(self, **fields: Any) -> PackedBatch:
         """The same batch with some fields changed."""
-        return type(self)(**{**self.__dict__, **fields})
+        return dataclasses.replace(self, **fields)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kWarpSize* kRowWarps, kForwardBlocksPerSM)
 
 /// de, one warp a token; the sums over tokens come from embed_layer_norm_wide_sums_kernel.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kWarpSize* kRowWarps)
+__global__ void __launch_bounds__(kWarpSize* kRowWarps, kForwardBlocksPerSM)
     embed_layer_norm_wide_bwd_kernel(const EmbedBackward p) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.y;
   if (token >= p.tokens) return;  // a whole warp
