@@ -7,6 +7,8 @@
 
 namespace fastbert::cuda {
 
+constexpr float kLog2E = 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
+
 /// As in attention_fwd() of ops.h.
 struct AttentionForward {
   const void* qkv;

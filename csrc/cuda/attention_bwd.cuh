@@ -52,8 +52,6 @@ struct AttentionBackwardBlock : AttentionBlock {
   }
 };
 
-constexpr float kLog2E = 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
-
 /// delta_i = dout_i · out_i of `count` queries from `first` on, 0 past the end of the sequence:
 /// write(i − first, delta_i), by one thread each. Called by the whole block.
 template <typename T, int kHeadDim, int kThreads, typename Write>
@@ -159,16 +157,6 @@ __device__ __forceinline__ void multiply_by_rows(float (&sums)[kRowTiles][kHeadD
       mma_m16n8k16<T>(sums[i][2 * d + 1], a[i], right[2], right[3]);
     }
   }
-}
-
-/// The accumulators of two 8-column tiles, rounded, as the left operand of one MMA.
-template <typename T>
-__device__ __forceinline__ void as_left_operand(uint32_t (&a)[4], const float (&low)[4],
-                                                const float (&high)[4]) {
-  a[0] = pack2<T>(low[0], low[1]);
-  a[1] = pack2<T>(low[2], low[3]);
-  a[2] = pack2<T>(high[0], high[1]);
-  a[3] = pack2<T>(high[2], high[3]);
 }
 
 /// Writes scale · sums, a warp's 16 kRowTiles rows, through its own rows of shared memory (from

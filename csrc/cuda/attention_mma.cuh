@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
   // A warp without queries copies its share and keeps the barriers, nothing else.
   const int warp_row = warp * Tile::kWarpQueries;
   const bool has_queries = first_query + warp_row < block.length;
-  const float scale_log2 = p.softmax_scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
+  const float scale_log2 = p.softmax_scale * kLog2E;
 
   float out[kRowTiles][kHeadDim / 8][4] = {};
   SoftmaxRows rows[kRowTiles];
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(AttentionTile<T, kHeadDim>::kThreads,
           drop_probabilities(scores[i][2 * m], scores[i][2 * m + 1], philox, p.dropout.threshold,
                              first_key / 4 + 4 * m + t, token, block.head);
         }
-        pack_probabilities<T>(probabilities[i], scores[i][2 * m], scores[i][2 * m + 1]);
+        as_left_operand<T>(probabilities[i], scores[i][2 * m], scores[i][2 * m + 1]);
       }
 #pragma unroll
       for (int d = 0; d < Tile::kDimGroups; ++d) {

@@ -119,14 +119,14 @@ __device__ __forceinline__ void drop_probabilities(float (&low)[4], float (&high
   }
 }
 
-/// 16 keys' probabilities, those of two 8-key tiles, rounded: the left operand of one product.
+/// The accumulators of two 8-column tiles, rounded, as the left operand of one product.
 template <typename T>
-__device__ __forceinline__ void pack_probabilities(uint32_t (&to)[4], const float (&low)[4],
-                                                   const float (&high)[4]) {
-  to[0] = pack2<T>(low[0], low[1]);
-  to[1] = pack2<T>(low[2], low[3]);
-  to[2] = pack2<T>(high[0], high[1]);
-  to[3] = pack2<T>(high[2], high[3]);
+__device__ __forceinline__ void as_left_operand(uint32_t (&a)[4], const float (&low)[4],
+                                                const float (&high)[4]) {
+  a[0] = pack2<T>(low[0], low[1]);
+  a[1] = pack2<T>(low[2], low[3]);
+  a[2] = pack2<T>(high[0], high[1]);
+  a[3] = pack2<T>(high[2], high[3]);
 }
 
 /// Normalises the 16 output rows from `first_row` of the block on, into their places in `memory`,

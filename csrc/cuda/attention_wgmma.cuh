@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
   }
 
   const int warp_row = 16 * warp;
-  const float scale_log2 = p.softmax_scale * 1.4426950408889634f;  // exp(x) = 2^(x log2 e)
+  const float scale_log2 = p.softmax_scale * kLog2E;
 
   uint32_t probabilities[Tile::kKeys / 16][4];
   float scores[Tile::kKeys / 8][4];
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(AttentionWgmmaTile<T, kHeadDim>::kThreads,
     rescale_rows(out, factors);
 #pragma unroll
     for (int m = 0; m < Tile::kKeys / 16; ++m) {
-      pack_probabilities<T>(probabilities[m], scores[2 * m], scores[2 * m + 1]);
+      as_left_operand<T>(probabilities[m], scores[2 * m], scores[2 * m + 1]);
     }
   };
 
