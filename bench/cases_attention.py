@@ -160,10 +160,10 @@ def _by_mask(
         mask = _attention_dropout.dropout_mask(
             batch.cu_seqlens, longest, len(x), heads, dropout, seed, 0
         )
-        return *attention.attention_fwd(x, *site, mask), mask
+        return *attention.forward(x, *site, mask), mask
 
     def backward(out: Tensor, lse: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (attention.attention_bwd(dout, x, out, lse, *site, mask),)
+        return (attention.backward(dout, x, out, lse, *site, mask),)
 
     if half == "fwd":
         return lambda: forward()[0]

@@ -35,7 +35,7 @@ def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False, mask: bo
     if mask and dtype.itemsize != 2:
         return  # _attention_dropout.chosen_mask takes none
     qkv, site = _attention_call(dtype, head_dim, p, bias, 512, mask)
-    out, lse = attention.attention_fwd(qkv, *site)
+    out, lse = attention.forward(qkv, *site)
     attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
 
 

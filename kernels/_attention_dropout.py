@@ -145,7 +145,7 @@ def chosen_mask(
     p: float, seed: torch.Tensor | None, offset: int,
 ) -> torch.Tensor | None:  # fmt: skip
     """The mask where ``_attention_config.dropout`` takes it, None for no dropout or for Philox."""
-    if seed is None or p == 0.0 or _attention_config.dropout() == "philox":
+    if seed is None or p == 0.0 or not len(qkv) or _attention_config.dropout() == "philox":
         return None
     if qkv.element_size() != 2:  # in fp32 two of the kernels that read the mask spill
         return None

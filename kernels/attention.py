@@ -131,7 +131,6 @@ def attention_fwd(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
-    dropout_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out_i = sum_j dropout(p_ij) v_j, p_ij = exp(s_ij - lse_i), s_ij = scale q_i . k_j + bias_ij.
 
@@ -139,20 +138,34 @@ def attention_fwd(
     device.  max_seqlen: host int, at least the longest length.  softmax_scale, dropout_p: floats.
     dropout_seed: int64 (1,) on the device, or None.  dropout_offset: the site.  bias: contiguous
     floating (1 or N, T, W), W at least max_seqlen: a row for each query, a column for each position
-    of a key in its sequence, -inf where it is not seen; or None.  dropout_mask: of
-    ``_attention_dropout.dropout_mask`` for the same dropout; None where the launch choice decides.
+    of a key in its sequence, -inf where it is not seen; or None.
     Returns out (T, N, D) in qkv.dtype and lse (N, T) fp32, 0 and -inf for a query that sees no key,
     whose gradient is 0 too. Sums are in fp32; probabilities are
     rounded to qkv.dtype before they meet V.
     """
+    dropout = (dropout_p, dropout_seed, dropout_offset)
+    mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
+    return forward(qkv, cu_seqlens, max_seqlen, softmax_scale, *dropout, bias, mask)
+
+
+def forward(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+    dropout_offset: int,
+    bias: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``attention_fwd`` with the dropout of a mask of ``_attention_dropout.dropout_mask``, or, for
+    None, of Philox in the kernel."""
     num_tokens, _, num_heads, head_dim = qkv.shape
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=qkv.device)
     if qkv.numel() == 0:
         return out, lse
-    dropout = (dropout_p, dropout_seed, dropout_offset)
-    if dropout_mask is None:
-        dropout_mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
     tile = _attention_config.tiles(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
     tiles_per_sequence = triton.cdiv(max_seqlen, tile.block_m)
     with torch.cuda.device_of(qkv):
@@ -162,7 +175,7 @@ def attention_fwd(
             lse,
             cu_seqlens,
             *_attention.bias_args(bias),
-            *_attention_dropout.dropout_args(*dropout, dropout_mask),
+            *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale * LOG2_E,
             num_tokens,
             num_heads,
@@ -184,21 +197,36 @@ def attention_bwd(
     dropout_seed: torch.Tensor | None,
     dropout_offset: int,
     bias: torch.Tensor | None = None,
-    dropout_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """delta_i = dout_i . out_i; dp = dropout'(dout v^T); ds = p (dp - delta); dq = scale ds k;
     dk = scale ds^T q; dv = dropout(p)^T dout.
 
-    dout, out: (T, N, D) contiguous.  lse: (N, T) fp32.  All else as in forward, whose dropout_mask
-    may be read again.
+    dout, out: (T, N, D) contiguous.  lse: (N, T) fp32.  All else as in forward.
     Returns dqkv (T, 3, N, D) in qkv.dtype.
     """
+    dropout = (dropout_p, dropout_seed, dropout_offset)
+    mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
+    site = (cu_seqlens, max_seqlen, softmax_scale, *dropout, bias)
+    return backward(dout, qkv, out, lse, *site, mask)
+
+
+def backward(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    dropout_p: float,
+    dropout_seed: torch.Tensor | None,
+    dropout_offset: int,
+    bias: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """``attention_bwd`` with the mask of ``forward``, or None."""
     if qkv.numel() == 0:
         return torch.empty_like(qkv)
-    if dropout_mask is None:
-        dropout_mask = _attention_dropout.chosen_mask(
-            qkv, cu_seqlens, max_seqlen, dropout_p, dropout_seed, dropout_offset
-        )
     way = _attention_config.bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
     return BACKWARDS[way](
         dout,

@@ -173,11 +173,12 @@ def _attention(n, p, way, mask=False):
         filler = len(qkv) - ROWS
         lengths = [filler % LONGEST] + filler // LONGEST * [LONGEST] + list(LENGTHS)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
-        site = (cu_seqlens, LONGEST, HEAD_DIM**-0.5, *dropout, None)
+        bits = None
         if mask and p:
             sizes = LONGEST, len(qkv), HEADS
-            site += (_attention_dropout.dropout_mask(cu_seqlens, *sizes, *dropout),)
-        out, lse = attention.attention_fwd(qkv, *site)
+            bits = _attention_dropout.dropout_mask(cu_seqlens, *sizes, *dropout)
+        site = (cu_seqlens, LONGEST, HEAD_DIM**-0.5, *dropout, None, bits)
+        out, lse = attention.forward(qkv, *site)
         dqkv = attention.BACKWARDS[way](dout, qkv, out, lse, *site)
         return [out, lse.t(), dqkv], []
 

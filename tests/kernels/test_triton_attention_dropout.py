@@ -83,7 +83,7 @@ def set_tiles(monkeypatch, keys):
 def both_halves(qkv, dout, lengths, way, bias, mask):
     most, scale = max(lengths) + 3, qkv.shape[3] ** -0.5
     site = (cu_seqlens_of(lengths), most, scale, *dropout_args(P), bias, mask)
-    out, lse = attention.attention_fwd(qkv, *site)
+    out, lse = attention.forward(qkv, *site)
     return out, lse, attention.BACKWARDS[way](dout, qkv, out, lse, *site)
 
 
@@ -144,7 +144,7 @@ def test_no_tokens():
     assert mask.shape[:2] == (HEADS, 0) and mask.device.type == DEVICE
     qkv = random(0, 3, HEADS, 32, dtype=FP32)
     site = (cu_seqlens_of([0, 0]), 0, 0.2, *dropout_args(P), None, mask)
-    assert attention.attention_fwd(qkv, *site)[0].shape == (0, HEADS, 32)
+    assert attention.forward(qkv, *site)[0].shape == (0, HEADS, 32)
 
 
 @kernel_test

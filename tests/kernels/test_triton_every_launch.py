@@ -22,6 +22,9 @@ pytestmark = KERNEL_MARKS
 # Where 32-bit offsets end; under the interpreter, which has no such end, some rows suffice to see
 # that this test compares what it says.
 LIMIT = 2**12 if INTERPRETED else 2**31
+# Under the interpreter products are numpy's, whose BLAS may add up a row in another order at
+# another place of a tile; a GPU's do not.
+ROUNDED = ("feed_forward",) if INTERPRETED else ()
 
 
 @in_the_first_process
@@ -69,7 +72,10 @@ def test_offsets_past_32_bits(name):
 
     huge_exact, huge_close = call(**huge)
     for mine, alone in zip(huge_exact, exact, strict=True):
-        assert torch.equal(last(mine), alone)
+        if name in ROUNDED:
+            assert_as_good(last(mine), alone)
+        else:
+            assert torch.equal(last(mine), alone)
     for mine, alone in zip(huge_close, close, strict=True):
         assert_as_good(last(mine), alone)
 

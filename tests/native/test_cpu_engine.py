@@ -167,7 +167,9 @@ def test_tables_are_read_in_place_and_weights_are_not() -> None:
 def test_saved_memory_of_int8() -> None:
     spec = Spec(hidden=256, head_dim=64, widths=((4, 1024),), layers=(0,))
     weights = sum(t.size for n, t in make_tensors(spec).items() if "layers" in n)
-    assert weights <= make_engine(spec).packed_bytes <= 1.1 * weights
+    # AVX2 without VNNI keeps room for 16-bit weights of a tenth of all pairs (linear_pairs.h).
+    most = 1.6 if _native.cpu().isa() == "avx2" else 1.1
+    assert weights <= make_engine(spec).packed_bytes <= most * weights
 
 
 # ------------------------------------------------------------------------------ threads, processes

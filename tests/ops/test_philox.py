@@ -14,9 +14,7 @@ from ._masks import attention_masks, drop, hidden_mask, seed_tensor
 from ._targets import Draw, Target, targets
 
 on_float32_targets = {
-    op: pytest.mark.parametrize(
-        "target", targets(op, forward=op == "attention", only=(torch.float32,)), indirect=True
-    )
+    op: pytest.mark.parametrize("target", targets(op, only=(torch.float32,)), indirect=True)
     for op in ("attention", "add_layer_norm", "embed_layer_norm")
 }
 # Seeds of both signs and beyond 32 bits; the first and the last offset.
