@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _CHUNK = 1 << 20  # characters of text that a worker takes at a time
-_PAYS = 16  # chunks from which on a second worker saves more than it costs
 _CHARACTERS_A_TOKEN = 4  # about
 _TRAINING_BYTES = 1 << 28  # of text that a tokenizer learns from; more changes few pieces
 
@@ -184,7 +183,7 @@ def _trained_size(tokenizer: str | Path) -> int | None:
 
 def _default_workers(sources: Sequence[Source]) -> int:
     """One a CPU, but no more than one for every few chunks: each starts, and learns words, anew."""
-    return min(device.num_cpus(), 1 + sum(source.size for source in sources) // (_PAYS * _CHUNK))
+    return min(device.num_cpus(), 1 + sum(source.size for source in sources) // (4 * _CHUNK))
 
 
 def _digests(sources: Sequence[Source], bars: Progress) -> list[tuple[Source, str]]:
