@@ -88,12 +88,16 @@ def summary(runs: list[dict[str, Any]], costs: dict[str, float]) -> list[dict[st
 
 
 class Results:
-    """The file of results: ``runs``, ``costs`` and the rows made of them."""
+    """The file of results: ``runs``, ``costs`` and the rows made of them.
+
+    machine: the one that ``costs`` were measured on; scores may come from several.
+    """
 
     def __init__(self, path: Path, model: Path) -> None:
         self.path, self.model = path, model
         self.runs: list[dict[str, Any]] = []
         self.costs: dict[str, float] = {}
+        self.machine = timing.machine()
         if path.exists():
             self.add(path)
 
@@ -101,6 +105,8 @@ class Results:
         """What another file holds."""
         found = json.loads(path.read_text(encoding="utf-8"))
         self.runs += [run for run in found["runs"] if _key(run) not in self.done()]
+        if found["costs"] and not self.costs:
+            self.machine = found["machine"]
         self.costs.update(found["costs"])
 
     def done(self) -> set[tuple[str, str, int]]:
@@ -108,7 +114,7 @@ class Results:
 
     def write(self) -> None:
         rows = summary(self.runs, self.costs)
-        result = {"machine": timing.machine(), "model": self.model.parent.name, "rows": rows,
+        result = {"machine": self.machine, "model": self.model.parent.name, "rows": rows,
                   "runs": self.runs, "costs": self.costs}  # fmt: skip
         timing.write(self.path, result)
 
@@ -139,6 +145,7 @@ def main() -> None:
     sets = finetune_data.prepare(arguments.sets.split(","), arguments.data, arguments.by_hand)
     methods = arguments.methods.split()
     if arguments.time:
+        results.machine = timing.machine()
         for method in methods:
             plain = seconds(model, sets[0], "plain")
             results.costs[method] = seconds(model, sets[0], method) / plain

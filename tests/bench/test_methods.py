@@ -45,14 +45,15 @@ def test_differences_are_of_the_same_seeds(methods: ModuleType) -> None:
 
 def test_files_are_joined(methods: ModuleType, tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    one.write_text(json.dumps({"runs": [row("plain", 0, 0.9)], "costs": {"plain": 1.0}}))
-    two.write_text(
-        json.dumps({"runs": [row("plain", 0, 0.1), row("smart", 0, 0.8)], "costs": {"smart": 3.0}})
-    )
+    first = {"machine": "here", "runs": [row("plain", 0, 0.9)], "costs": {"plain": 1.0}}
+    second = [row("plain", 0, 0.1), row("smart", 0, 0.8)]
+    one.write_text(json.dumps(first))
+    two.write_text(json.dumps({"machine": "there", "runs": second, "costs": {"smart": 3.0}}))
     results = methods.Results(one, Path("models/some"))
     results.add(two)
     results.write()
     written = json.loads(one.read_text())
     assert [run["score"] for run in written["runs"]] == [0.9, 0.8]
     assert [r["cost"] for r in written["rows"]] == [1.0, 3.0]
+    assert written["machine"] == "here"
     assert written["rows"][1]["difference"] == pytest.approx(-0.1)
