@@ -237,7 +237,13 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument(
         "--peer",
-        choices=("HF eager", "HF SDPA", *model_candidates.MODES, *masked_lm.PEERS[1:]),
+        choices=(
+            "HF eager",
+            "HF SDPA",
+            model_candidates.OURS_COMPILED,
+            *model_candidates.MODES,
+            *masked_lm.PEERS[1:],
+        ),
         action="append",
         help="default: HF eager, HF SDPA, torch.compile",
     )

@@ -117,6 +117,7 @@ PYBIND11_MODULE(_cpu, m) {
        });
   bind(m, "squared_norm", &KernelTable::squared_norm, kNoCheck);
   bind(m, "adamw_step", &KernelTable::adamw_step, kNoCheck);
+  bind(m, "few_rows_product", &KernelTable::few_rows_product, kNoCheck);
 
   bind_engine(m);
   bind_linear(m);

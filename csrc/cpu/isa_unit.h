@@ -8,6 +8,7 @@
 #include "cross_entropy.h"
 #include "embed_layer_norm.h"
 #include "engine_rows.h"
+#include "few_rows.h"
 #include "rows.h"
 #include "squared_norm.h"
 
@@ -15,10 +16,12 @@ namespace fastbert::FASTBERT_ISA {
 
 const KernelTable& kernel_table() {
   static const KernelTable table = {
-      &attention_fwd,      &attention_bwd,      &bias_gelu_fwd,        &bias_gelu_bwd,
-      &add_layer_norm_fwd, &add_layer_norm_bwd, &embed_layer_norm_fwd, &embed_layer_norm_bwd,
-      &cross_entropy_rows, &gather_rows,        &scatter_rows,         &squared_norm,
-      &adamw_step,         &sum_rows,           &layer_norm_rows,      &attention_piece,
+      &attention_fwd,        &attention_bwd,        &bias_gelu_fwd,
+      &bias_gelu_bwd,        &add_layer_norm_fwd,   &add_layer_norm_bwd,
+      &embed_layer_norm_fwd, &embed_layer_norm_bwd, &cross_entropy_rows,
+      &gather_rows,          &scatter_rows,         &squared_norm,
+      &adamw_step,           &few_rows_product,     &sum_rows,
+      &layer_norm_rows,      &attention_piece,
   };
   return table;
 }

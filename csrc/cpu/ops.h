@@ -134,6 +134,11 @@ struct KernelTable {
   void (*adamw_step)(const AdamWSlot* slots, int64_t count, double beta1, double beta2, double eps,
                      bool bias_correction, double grad_scale, int num_threads);
 
+  /// x (rows, k), w (columns, k) -> y (rows, columns) = x wᵀ, with ldy elements between its rows.
+  /// fp32 or bf16, sums in fp32. For few rows.
+  void (*few_rows_product)(const void* x, const void* w, int64_t rows, int64_t k, int64_t columns,
+                           void* y, int64_t ldy, DType dtype, int num_threads);
+
   // What the inference engine cuts its own work into. All fp32, on the calling thread.
 
   /// y (cols) = the sum of `count` rows, added up in their order.

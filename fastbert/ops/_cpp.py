@@ -297,6 +297,16 @@ def scatter_rows(x: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.T
     return out
 
 
+def few_rows_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """x (R, K) w (N, K)^T into out (R, N), whose rows may lie apart: fp32 or bf16, sums in fp32."""
+    x, w = x.contiguous(), w.contiguous()
+    _native.cpu().few_rows_product(
+        x.data_ptr(), w.data_ptr(), *x.shape, w.shape[0], out.data_ptr(), out.stride(0),
+        _code(x.dtype), _num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of the squares of all elements of ``tensors``, 0-d fp64."""
     tensors = [x.contiguous() for x in tensors]

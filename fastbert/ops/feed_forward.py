@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
-from fastbert.ops._matmul import autocast_to, mm
+from fastbert.ops._matmul import autocast_to, mm, mm_t
 from fastbert.ops._registry import OPS
 from fastbert.ops.bias_gelu import bias_gelu, launch_backward, launch_forward
 
@@ -73,16 +73,16 @@ def _inference(
 ) -> torch.Tensor:
     tokens = x.shape[0]
     if _fuses("fwd", x, w1):
-        return mm(_launch("fwd", x, w1)(x, w1, b1, tanh, False)[0], w2.t())
+        return mm_t(_launch("fwd", x, w1)(x, w1, b1, tanh, False)[0], w2)
     rows = _CPU_ROWS if x.device.type == "cpu" else max(1, tokens)
     if tokens <= rows:
-        return mm(launch_forward(mm(x, w1.t()), b1, tanh), w2.t())
+        return mm_t(launch_forward(mm_t(x, w1), b1, tanh), w2)
     y = x.new_empty(tokens, w2.shape[0])
     buffer = x.new_empty(rows, w1.shape[0])
     for start in range(0, tokens, rows):
         part = slice(start, min(start + rows, tokens))
-        pre = mm(x[part], w1.t(), out=buffer[: part.stop - start])
-        mm(launch_forward(pre, b1, tanh), w2.t(), out=y[part])
+        pre = mm_t(x[part], w1, out=buffer[: part.stop - start])
+        mm_t(launch_forward(pre, b1, tanh), w2, out=y[part])
     return y
 
 
@@ -99,11 +99,11 @@ class _FeedForward(torch.autograd.Function):
         if _fuses("fwd", x, w1):
             y, pre = _launch("fwd", x, w1)(x, w1, b1, tanh, True)
         else:
-            pre = mm(x, w1.t())
+            pre = mm_t(x, w1)
             y = launch_forward(pre, b1, tanh)
         ctx.tanh = tanh
         ctx.save_for_backward(x, w1, b1, w2, pre)
-        return mm(y, w2.t())
+        return mm_t(y, w2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
-from fastbert.ops._matmul import autocast_to, mm, widens
+from fastbert.ops._matmul import autocast_to, few_rows, mm, mm_t, widens
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
@@ -18,22 +18,26 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
     x: (T, K).  w: (N, K).  b: (N,) or None, in x's dtype or fp32.  Returns (T, N); under autocast
     in the autocast dtype.  Raises ValueError for bad shapes, dtypes or devices.
     torch's own Linear, but for bf16 on a CPU without bf16 matrix units, where the products go
-    through fp32 (see ``_matmul.widens``).
+    through fp32 (see ``_matmul.widens``), and for few rows where BLAS is slow at them
+    (``_matmul.few_rows``).
     """
     x, w = autocast_to(x, w)
     _check.activation("x", x, ("T", "K"))
     _check.like("w", w, x, (w.shape[0], x.shape[1]))
     _check.vector("b", b, x, w.shape[0])
     b = b if b is None or b.dtype == x.dtype else b.to(x.dtype)
-    if torch.compiler.is_compiling() or not widens(x, min(*x.shape, w.shape[0])):
+    if torch.compiler.is_compiling():
         return F.linear(x, w, b)
-    if torch.is_grad_enabled() and wants_grad(x, w, b):
-        return _Linear.apply(x, w, b)
-    return _forward(x, w, b)
+    wanted = torch.is_grad_enabled() and wants_grad(x, w, b)
+    if widens(x, min(*x.shape, w.shape[0])):
+        return _Linear.apply(x, w, b) if wanted else _forward(x, w, b)
+    if few_rows(x, w) and not wanted:
+        return _forward(x, w, b)
+    return F.linear(x, w, b)
 
 
 def _forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    y = mm(x, w.t())
+    y = mm_t(x, w)
     return y if b is None else y.add_(b)
 
 

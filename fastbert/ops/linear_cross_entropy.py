@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check
 from fastbert.ops._library import _LIBRARY, define, wants_grad
-from fastbert.ops._matmul import add_mm_, autocast_to, mm
+from fastbert.ops._matmul import add_mm_, autocast_to, mm, mm_t
 from fastbert.ops._registry import OPS
 
 _OP = OPS["cross_entropy_rows"]
@@ -107,7 +107,7 @@ def _forward(
     logits = hidden.new_empty(min(step, rows), padded)[:, :classes]
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        chunk = mm(hidden[part], weight.t(), out=logits[: part.stop - start])
+        chunk = mm_t(hidden[part], weight, out=logits[: part.stop - start])
         losses[part] = launch(
             chunk, bias, labels[part], ignore_index, grad_scale if any(wanted) else None
         )

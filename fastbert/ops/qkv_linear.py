@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
-from fastbert.ops._matmul import add_mm_, autocast_to, mm, widens
+from fastbert.ops._matmul import add_mm_, autocast_to, few_rows, mm, mm_t, widens
 
 
 def qkv_linear(
@@ -76,9 +76,9 @@ def _forward(
     # one pass over the output in the end is 7% faster for 1024 tokens of BERT-base in fp32. In 16
     # bits that pass would round a second time.
     wide_on_cpu = x.device.type == "cpu" and x.dtype.itemsize > 2
-    if wide_on_cpu or widens(x, min(*x.shape, width)):
+    if wide_on_cpu or few_rows(x, weights[0]) or widens(x, min(*x.shape, width)):
         for part, w in zip(columns, weights, strict=True):
-            mm(x, w.t(), out=part)
+            mm_t(x, w, out=part)
         given = [b for b in biases if b is not None]
         if len(given) == len(biases):
             return out.add_(torch.cat(given))

@@ -116,7 +116,8 @@ def peak(device: torch.device, precision: str) -> Peak:
     """What one device computes at best in a run of this precision: "no", "bf16" or "fp16".
 
     Of a GPU that is listed here its datasheet says it. Of a CPU, and of any other GPU, it is
-    measured now, which takes a moment: a product of two square matrices in the run's precision.
+    measured now, which takes a moment: a product of two square matrices in the run's precision, on
+    a CPU also in fp32, which may be the faster way to multiply bf16 (``ops._matmul.widens``).
     """
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -127,7 +128,10 @@ def peak(device: torch.device, precision: str) -> Peak:
             form = "half" if precision != "no" else "tf32" if tf32 else "fp32"
             return Peak(getattr(rates, form) * 1e12, f"datasheet of {name}")
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return _measured(device, dtype)
+    if device.type != "cpu":
+        return _measured(device, dtype)
+    measured = [_measured(device, kind) for kind in {dtype, torch.float32}]
+    return max(measured, key=lambda found: found.flop_s)
 
 
 def _rates(name: str) -> _Rates | None:

@@ -21,6 +21,8 @@ if _native.cpu_reason() is not None:
 
 from fastbert.ops import _cpp
 
+from ._isas import isa  # noqa: F401
+
 ATOL = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 1e-3}
 # (activations, vectors)
 DTYPES = [
@@ -38,18 +40,6 @@ every_dtype = pytest.mark.parametrize(
     ("dtype", "vector_dtype"), DTYPES, ids=lambda d: str(d).removeprefix("torch.")
 )
 every_shape = pytest.mark.parametrize(("rows", "cols"), SHAPES)
-
-
-# Other instruction sets share these kernels.
-ISAS = [name for name in ("avx512", "avx2", "portable") if name in _cpp.available_isas()]
-
-
-@pytest.fixture(autouse=True, params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    former = _cpp.isa()
-    _cpp.set_isa(request.param)
-    yield request.param
-    _cpp.set_isa(former)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,14 +21,17 @@ from ._targets import Draw, Target, matmul_targets
 pytestmark = pytest.mark.usefixtures("poison")
 
 on_every_target = pytest.mark.parametrize("target", matmul_targets(), indirect=True)
-# T, K, N: the last two are large enough for the route through fp32.
+# T, K, N: the last two are large enough for the route through fp32 on every CPU.
 SIZES = [(0, 64, 64), (1, 96, 64), (63, 64, 96), (200, 160, 144), (1000, 128, 128)]
 
 
-@pytest.fixture(params=[False, True], ids=["own_bf16", "through_fp32"], autouse=True)
-def bf16_is_slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: as if it had bf16 matrix units, and as if it had none."""
-    monkeypatch.setattr(_matmul, "_bf16_is_slow_on_cpu", lambda: request.param)
+@pytest.fixture(params=["amx", "avx512", "avx2"], autouse=True)
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The routes that a CPU takes that has bf16 matrix units, one that has none, and one on which
+    BLAS is slow at few rows too."""
+    monkeypatch.setattr(_matmul, "_bf16_is_slow_on_cpu", lambda: request.param != "amx")
+    monkeypatch.setattr(_matmul, "_wide_rows", lambda: 8 if request.param == "avx2" else 128)
+    monkeypatch.setattr(_matmul, "_blas_is_slow_at_few_rows", lambda: request.param == "avx2")
 
 
 def plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:

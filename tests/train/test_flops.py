@@ -88,3 +88,11 @@ def test_a_cpu_is_measured_and_draws_no_random_number() -> None:
     assert 1e8 < found.flop_s < 1e15
     assert found.source == "measured: a product of 1024 x 1024 in float32"
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bf16_on_a_cpu_is_the_faster_of_its_own_and_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = (torch.bfloat16, torch.float32)
+    for fast in kinds:
+        found = {kind: flops.Peak(1 + (kind == fast), str(kind)) for kind in kinds}
+        monkeypatch.setattr(flops, "_measured", lambda _, kind, found=found: found[kind])
+        assert peak(torch.device("cpu"), "bf16") == (2, str(fast))
