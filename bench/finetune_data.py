@@ -46,7 +46,8 @@ class LabelledSet(NamedTuple):
 def prepare(names: Iterable[str], folder: Path, by_hand: Path | None) -> list[LabelledSet]:
     """Those sets, written to ``folder`` as csv, jsonl or json.
 
-    names: as below; ``NAME:N`` has N of its training rows, drawn at random, and 8 epochs.
+    names: as below; ``NAME:N`` has N of its training rows, drawn at random, with every label, and
+    8 epochs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     makers = {
@@ -71,10 +72,15 @@ def prepare(names: Iterable[str], folder: Path, by_hand: Path | None) -> list[La
 
 
 def _fewer(data: LabelledSet, rows: int) -> LabelledSet:
-    """With so many of the training rows, of a csv."""
+    """With so many of the training rows, of a csv, and of each label that is in none of these its
+    first row: the other parts may have it."""
     with data.train.open(newline="", encoding="utf-8") as file:
         header, *every = csv.reader(file)
     chosen = random.Random(rows).sample(every, rows)
+    lacking = {row[-1]: row for row in reversed(every)}
+    for row in chosen:
+        lacking.pop(row[-1], None)
+    chosen += lacking.values()
     path = _write_csv(data.train.with_name(f"{data.train.stem}_{rows}.csv"), header, chosen)
     return data._replace(name=f"{data.name}:{rows}", train=path, bar=None, epochs=8)
 
