@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import report_training
+from model_candidates import OURS_COMPILED
 
 from fastbert.ops import BACKENDS, OPS
 
@@ -31,7 +32,8 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     gpu = machine["gpu"].get("gpu_0")
-    where = gpu or f"{machine['cpu']['cpu']}, {machine['threads']} threads"
+    cpu = machine["cpu"]
+    where = gpu or f"{cpu['cpu']} ({cpu['instruction_set']}), {machine['threads']} threads"
     return (
         f"{where}; torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}; {machine['date']}."
@@ -60,15 +62,18 @@ def support() -> str:
 
 def model(path: Path) -> str:
     result = json.loads(path.read_text())
+    compiled = any(OURS_COMPILED in row["candidates"] for row in result["rows"])
     rows = []
     for row in result["rows"]:
         ours = row["candidates"]["fastbert"]
+        itself = row["candidates"].get(OURS_COMPILED)
+        gain = f"{ours['median_ms'] / itself['median_ms']:.2f}×" if itself else "–"
         ratios = [f"{row['over'][n]:.2f}×" if n in row["over"] else "–"
                   for n in ("HF eager", "HF SDPA", "torch.compile")]  # fmt: skip
         cells = [row["task"], row["shape"], row["dtype"], f"{ours['median_ms']:.1f}"]
-        rows.append([*cells, f"{ours['tokens_per_s']:,.0f}", *ratios])
+        rows.append([*cells, f"{ours['tokens_per_s']:,.0f}", *ratios, *([gain] * compiled)])
     headings = ("task", "shape", "dtype", "ms", "real tokens/s", "× HF eager", "× HF SDPA",
-                "× torch.compile")  # fmt: skip
+                "× torch.compile", *(["torch.compile around ours"] * compiled))  # fmt: skip
     text = table(headings, rows)
     if "memory" in result:
         memory = [
@@ -223,10 +228,10 @@ def sections() -> dict[str, str]:
         ("finetune", _trained("finetune")),
         ("pretraining", _trained("pretraining")),
     ):
-        for where in ("cpu", "cuda"):
+        for where in ("cpu", "cpu_avx2", "cuda"):
             path = RESULTS / f"{name}_{where}.json"
             if path.exists():
-                made[f"{name}-{where}"] = build(path)
+                made[f"{name}-{where.replace('_', '-')}"] = build(path)
     return made
 
 
