@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from fastbert.hf import accelerate, explain, register_attention, restore
 
@@ -295,11 +296,15 @@ def test_export_takes_the_original_path() -> None:
 @pytest.mark.parametrize(
     "name", ["BertForMaskedLM", "RobertaForSequenceClassification", "BertForQuestionAnswering"]
 )
-def test_inductor(name: str) -> None:
-    _, ours = small_pair(name)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_inductor(name: str, dropout: float) -> None:
+    """In training. Where inductor is told to draw eager mode's random numbers, and not its own,
+    dropout is the eager one, forward and backward."""
+    _, ours = small_pair(name, dropout=dropout)
     ours.config.problem_type = "single_label_classification"
-    compiled = compiled_in_place(ours, "inductor")
-    check_same(compiled, ours, batch_for(name))
-    with no_recompilation():
-        for lengths in LENGTHS:
-            check_same(compiled, ours, batch_for(name, lengths_mask(lengths)))
+    with inductor_config.patch(fallback_random=True):
+        compiled = compiled_in_place(ours.train(), "inductor")
+        check_same(compiled, ours, batch_for(name))
+        with no_recompilation():
+            for lengths in LENGTHS:
+                check_same(compiled, ours, batch_for(name, lengths_mask(lengths)))
