@@ -13,6 +13,8 @@ from fastbert.ops._registry import OPS
 # Up to so many rows, and elements in them, our own product is faster than BLAS (see few_rows).
 _FEW_ROWS = 128
 _FEW_ELEMENTS = 3 * 2**16
+# Other classes of tensors (quantised, distributed, fake ones) know products of their own.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -48,6 +50,8 @@ def few_rows(x: torch.Tensor, w: torch.Tensor) -> bool:
         and 0 < x.shape[0] <= _FEW_ROWS
         and x.numel() <= _FEW_ELEMENTS
         and x.dtype in (torch.float32, torch.bfloat16)
+        and type(x) in _PLAIN
+        and type(w) in _PLAIN
         and w.is_contiguous()
         and _blas_is_slow_at_few_rows()
         and OPS["bias_gelu"].choice(x, x.shape[1]) == "cpp"

@@ -108,3 +108,17 @@ def test_taken_for_few_rows_where_blas_is_slow(
         taken.clear()
         ops.linear(x, w)
     assert taken == []
+
+
+class Other(torch.Tensor):
+    """As a quantised weight is: what its memory holds is its own affair."""
+
+
+def test_other_classes_of_tensors_multiply_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_matmul, "_blas_is_slow_at_few_rows", lambda: True)
+    x, w = example(5, 96, 96, torch.float32)
+    assert _matmul.few_rows(x, w) and _matmul.few_rows(x, torch.nn.Parameter(w))
+    for other in (w.as_subclass(Other), torch.nn.Parameter(w.as_subclass(Other))):
+        assert not _matmul.few_rows(x, other) and not _matmul.few_rows(other, w)
+        with torch.no_grad():
+            assert type(ops.linear(x, other)) is Other
