@@ -32,8 +32,8 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _machine(result: dict[str, Any]) -> str:
     machine = result["machine"]
     gpu = machine["gpu"].get("gpu_0")
-    cpu = machine["cpu"]
-    where = gpu or f"{cpu['cpu']} ({cpu['instruction_set']}), {machine['threads']} threads"
+    cpu, isa = machine["cpu"]["cpu"], machine["cpu"].get("instruction_set")
+    where = gpu or f"{cpu}{f' ({isa})' if isa else ''}, {machine['threads']} threads"
     return (
         f"{where}; torch {machine['versions']['torch']}, transformers "
         f"{machine['versions']['transformers']}; {machine['date']}."
