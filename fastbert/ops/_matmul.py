@@ -23,15 +23,14 @@ def _bf16_is_slow_on_cpu() -> bool:
 
 
 @functools.cache
-def _wide_rows() -> int:
-    """From so many rows on, widening both factors pays for itself (see widens)."""
-    return 128 if "avx512f" in device.cpu_flags() else 8
-
-
-@functools.cache
 def _blas_is_slow_at_few_rows() -> bool:
     flags = device.cpu_flags()
     return "avx2" in flags and "avx512f" not in flags
+
+
+def _wide_rows() -> int:
+    """From so many rows on, widening both factors pays for itself (see widens)."""
+    return 8 if _blas_is_slow_at_few_rows() else 128
 
 
 def few_rows(x: torch.Tensor, w: torch.Tensor) -> bool:

@@ -57,3 +57,19 @@ def test_files_are_joined(methods: ModuleType, tmp_path: Path) -> None:
     assert [r["cost"] for r in written["rows"]] == [1.0, 3.0]
     assert written["machine"] == "here"
     assert written["rows"][1]["difference"] == pytest.approx(-0.1)
+
+
+def test_fewer_rows_have_every_label(methods: ModuleType, tmp_path: Path) -> None:
+    """A label that none of the rows drawn has comes with its first row."""
+    rare = [[f"{place} {i}", f"rare {i}"] for i in range(30) for place in ("first", "second")]
+    rows = [[f"text {i}", "common"] for i in range(100)] + rare
+    data = methods.finetune_data
+    path = data._write_csv(tmp_path / "train.csv", ["text", "label"], rows)
+    whole = data.LabelledSet("some", "classify", path, path, path, "accuracy", 0.9, 3)
+    few = data._fewer(whole, 20)
+    header, *chosen = (line.split(",") for line in few.train.read_text().splitlines())
+    assert (few.name, few.bar, header) == ("some:20", None, ["text", "label"])
+    drawn, added = chosen[:20], chosen[20:]
+    assert {label for _, label in chosen} == {label for _, label in rows}
+    assert not {label for _, label in drawn} & {label for _, label in added}
+    assert len(added) > 10 and all(text.startswith("first") for text, _ in added)

@@ -93,3 +93,12 @@ def test_errors_are_of_real_tokens(model: Any) -> None:
     errors = model._errors(runs, {"attention_mask": mask})
     assert errors == {"HF eager": 0.0, "fastbert": 0.0, "fastbert, graphs": pytest.approx(0.1)}
     assert model._errors({"fastbert": lambda: theirs}, {"attention_mask": mask}) == {}
+
+
+def test_ours_is_compiled_around_an_accelerated_model(model: Any) -> None:
+    made = model.model_candidates.candidates(
+        "BertModel", "cpu", torch.float32, (model.model_candidates.OURS_COMPILED,), "tiny"
+    )
+    plain, compiled = made.values()
+    assert "forward" in vars(plain) and "forward" in vars(compiled._orig_mod)
+    assert type(compiled) is torch._dynamo.eval_frame.OptimizedModule

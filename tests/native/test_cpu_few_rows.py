@@ -122,3 +122,19 @@ def test_other_classes_of_tensors_multiply_as_they_do(monkeypatch: pytest.Monkey
         assert not _matmul.few_rows(x, other) and not _matmul.few_rows(other, w)
         with torch.no_grad():
             assert type(ops.linear(x, other)) is Other
+
+
+@pytest.mark.parametrize(
+    ("flags", "slow", "wide"),
+    [({"avx2"}, True, 8), ({"avx2", "avx512f"}, False, 128), ({"asimd", "bf16"}, False, 128)],
+)
+def test_processors(
+    flags: set[str], slow: bool, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing was measured, all products stay with BLAS."""
+    monkeypatch.setattr(_matmul.device, "cpu_flags", lambda: frozenset(flags))
+    _matmul._blas_is_slow_at_few_rows.cache_clear()
+    try:
+        assert (_matmul._blas_is_slow_at_few_rows(), _matmul._wide_rows()) == (slow, wide)
+    finally:
+        _matmul._blas_is_slow_at_few_rows.cache_clear()

@@ -30,7 +30,6 @@ def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """The routes that a CPU takes that has bf16 matrix units, one that has none, and one on which
     BLAS is slow at few rows too."""
     monkeypatch.setattr(_matmul, "_bf16_is_slow_on_cpu", lambda: request.param != "amx")
-    monkeypatch.setattr(_matmul, "_wide_rows", lambda: 8 if request.param == "avx2" else 128)
     monkeypatch.setattr(_matmul, "_blas_is_slow_at_few_rows", lambda: request.param == "avx2")
 
 
