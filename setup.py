@@ -48,7 +48,8 @@ ISA_FLAGS = {
 NVCC_FLAGS = (
     "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden,-Wall --threads 0"
 )
-CUDA_TARGETS = ["80", "89", "90a", "100"]  # A100, L4 and RTX 40, H100 and H200, B200
+# A100 (and, of the same generation, RTX 30, L4 and RTX 40, which run its code); H100, H200; B200.
+CUDA_TARGETS = ["80", "90a", "100"]
 
 NINJA_RULES = """\
 rule compile

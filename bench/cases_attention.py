@@ -105,6 +105,8 @@ def make(
             masked = _by_mask(batch, qkv, dout, half, dropout, seed)
             others["fastbert packed mask"] = masked
             checks["fastbert packed mask"] = lambda: _same(masked, half_of(half, ours, [qkv], dout))
+        if qkv.is_cuda and min(lengths) < longest:
+            others |= _other_order(half_of(half, ours, [qkv], dout), lengths)
         counted = work.attention(lengths, heads, dim, qkv.element_size(), half)
         return Problem(
             half_of(half, ours, [qkv], dout),
@@ -171,6 +173,24 @@ def _by_mask(
         return lambda: backward(*forward())
     kept = forward()
     return lambda: backward(*kept)
+
+
+def _other_order(run: Run, lengths: list[int]) -> dict[str, Run]:
+    """Ours with its tiles in the order that ``_attention_config.longest_first`` does not take, by
+    the name of that."""
+    from fastbert.kernels import _attention_config
+
+    chosen = _attention_config.longest_first(sum(lengths), len(lengths), max(lengths))
+
+    def call() -> Any:
+        choice = _attention_config.longest_first
+        _attention_config.longest_first = lambda *sizes: not chosen
+        try:
+            return run()
+        finally:
+            _attention_config.longest_first = choice
+
+    return {f"fastbert {'as they come' if chosen else 'longest first'}": call}
 
 
 def _same(run: Run, other: Run) -> Parity:

@@ -29,18 +29,31 @@ def _attention_call(
     return qkv, (cu_seqlens, longest, head_dim**-0.5, p, seed, 0, scores, bits)
 
 
-def _attention(dtype: Any, head_dim: int, p: float, bias: bool = False, mask: bool = False) -> None:
+def _attention(
+    dtype: Any,
+    head_dim: int,
+    p: float,
+    bias: bool = False,
+    mask: bool = False,
+    longest_first: bool = False,
+) -> None:
     from fastbert.kernels import attention
 
     if mask and dtype.itemsize != 2:
         return  # _attention_dropout.chosen_mask takes none
     qkv, site = _attention_call(dtype, head_dim, p, bias, 512, mask)
-    out, lse = attention.forward(qkv, *site)
-    attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site)
+    out, lse = attention.forward(qkv, *site, longest_first)
+    attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site, longest_first)
 
 
 def _attention_bwd(
-    dtype: Any, way: str, head_dim: int, p: float, bias: bool = False, mask: bool = False
+    dtype: Any,
+    way: str,
+    head_dim: int,
+    p: float,
+    bias: bool = False,
+    mask: bool = False,
+    longest_first: bool = False,
 ) -> None:
     """One of the backwards in one kernel, where it has a tile."""
     import torch
@@ -55,7 +68,7 @@ def _attention_bwd(
         qkv, site = _attention_call(dtype, head_dim, p, bias, longest, mask)
         out = torch.empty_like(qkv[:, 0])
         lse = torch.empty(qkv.shape[2], TOKENS)
-        attention.BACKWARDS[way](out, qkv, out, lse, *site)
+        attention.BACKWARDS[way](out, qkv, out, lse, *site, longest_first)
 
 
 def _bias_gelu(dtype: Any, tanh: bool) -> None:
@@ -250,6 +263,30 @@ CASES: dict[str, Callable[[Any], None]] = {
     ),
     "attention one pass mask": partial(
         _attention_bwd, way="one_pass", head_dim=64, p=0.1, mask=True
+    ),
+    "attention list": partial(_attention, head_dim=64, p=0.0, longest_first=True),
+    "attention list dropout": partial(_attention, head_dim=64, p=0.1, longest_first=True),
+    "attention list D=32": partial(_attention, head_dim=32, p=0.0, longest_first=True),
+    "attention list D=32 dropout": partial(_attention, head_dim=32, p=0.1, longest_first=True),
+    "attention list D=128": partial(_attention, head_dim=128, p=0.0, longest_first=True),
+    "attention list D=128 dropout": partial(_attention, head_dim=128, p=0.1, longest_first=True),
+    "attention D=256 list dropout": partial(_attention, head_dim=256, p=0.1, longest_first=True),
+    "attention list bias": partial(_attention, head_dim=64, p=0.0, bias=True, longest_first=True),
+    "attention list bias dropout": partial(
+        _attention, head_dim=64, p=0.1, bias=True, longest_first=True
+    ),
+    "attention list bias D=128 dropout": partial(
+        _attention, head_dim=128, p=0.1, bias=True, longest_first=True
+    ),
+    "attention list mask": partial(_attention, head_dim=64, p=0.1, mask=True, longest_first=True),
+    "attention short list dropout": partial(
+        _attention_bwd, way="short", head_dim=64, p=0.1, longest_first=True
+    ),
+    "attention one pass list": partial(
+        _attention_bwd, way="one_pass", head_dim=64, p=0.0, longest_first=True
+    ),
+    "attention one pass list dropout": partial(
+        _attention_bwd, way="one_pass", head_dim=64, p=0.1, longest_first=True
     ),
     "feed_forward tanh": partial(_feed_forward, tanh=True),
     "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),

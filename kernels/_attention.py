@@ -6,21 +6,58 @@ Layout: ``qkv`` is (T, 3, N, D), so one token's query, key and value rows lie in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from fastbert.kernels import _attention_config, _config
+from fastbert.kernels import _attention_config, _attention_tile_list, _config
 
 
 @triton.jit
-def find_tile(cu_seqlens_ptr, tiles_per_sequence):
-    """This program's sequence: its first token (int64) and length, and the tile in it."""
-    sequence = tl.program_id(0) // tiles_per_sequence
-    tile = tl.program_id(0) % tiles_per_sequence
-    first = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - first
-    return first.to(tl.int64), length, tile
+def find_tile(cu_seqlens_ptr, tile_list_ptr, tiles_per_sequence, num_heads):
+    """This program's sequence: its first token (int64) and length; the tile in it; and the head.
+
+    tile_list_ptr: of ``_attention_tile_list``, or None: see ``tiling``.
+    """
+    if tile_list_ptr is None:
+        sequence = tl.program_id(0) // tiles_per_sequence
+        tile = tl.program_id(0) % tiles_per_sequence
+        first = tl.load(cu_seqlens_ptr + sequence)
+        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
+        return first.to(tl.int64), length, tile, tl.program_id(1)
+    else:
+        first, length, tile, head = listed_tile(tile_list_ptr, num_heads)
+        return first, length, tile, head
+
+
+@triton.jit
+def find_sequence(cu_seqlens_ptr, tile_list_ptr, num_heads):
+    """As ``find_tile`` for kernels whose program takes a whole sequence of a head."""
+    if tile_list_ptr is None:
+        sequence = tl.program_id(0) // num_heads
+        first = tl.load(cu_seqlens_ptr + sequence)
+        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
+        return first.to(tl.int64), length, tl.program_id(0) % num_heads
+    else:
+        first, length, _, head = listed_tile(tile_list_ptr, num_heads)
+        return first, length, head
+
+
+@triton.jit
+def listed_tile(tile_list_ptr, num_heads, AGAIN: tl.constexpr = False):
+    """``find_tile`` by the list: program place * num_heads + head, so that all heads of a long tile
+    start before a short one.
+
+    AGAIN: read once more, after a loop without registers for it. As they come a place follows from
+    the program's number, which a warp has once; what a list says each thread has.
+    """
+    entry = tile_list_ptr + tl.program_id(0) // num_heads * 3
+    first = tl.load(entry, volatile=AGAIN)
+    length = tl.load(entry + 1, volatile=AGAIN)
+    tile = tl.load(entry + 2, volatile=AGAIN)
+    return first.to(tl.int64), length, tile, tl.program_id(0) % num_heads
 
 
 @triton.jit
@@ -75,14 +112,41 @@ def kind(
     )  # fmt: skip
 
 
-def grid(tiles_per_sequence: int, cu_seqlens: torch.Tensor, num_heads: int) -> tuple[int, int]:
-    """One program for each tile of each sequence and head.
+class Tiling(NamedTuple):
+    """grid: of programs.  tile_list, tiles_per_sequence: what ``find_tile`` finds places by."""
 
-    Not longest first: a program is a small share of the whole here. On 256 sequences of 8 to 512
-    tokens forward would end 1% to 2% sooner (a simulated queue before 132 multiprocessors), which
-    is what the kernel that ranks them would cost.
+    grid: tuple[int, ...]
+    tile_list: torch.Tensor | None
+    tiles_per_sequence: int
+
+
+def tiling(
+    cu_seqlens: torch.Tensor,
+    num_tokens: int,
+    max_seqlen: int,
+    num_heads: int,
+    block: int | None,
+    longest_first: bool = False,
+) -> Tiling:
+    """A program for each tile of ``block`` tokens (None: each whole sequence) and head.
+
+    As the sequences come, or longest first by a list. As they come each has the tiles of the
+    longest, and programs past its end return at once.
     """
-    return tiles_per_sequence * (cu_seqlens.shape[0] - 1), num_heads
+    num_sequences = cu_seqlens.shape[0] - 1
+    if longest_first:
+        of = block or _attention_tile_list.WHOLE_SEQUENCE
+        places = _attention_tile_list.tile_list(cu_seqlens, num_tokens, max_seqlen, of)
+        return Tiling((places.shape[0] * num_heads,), places, 1)
+    if block is None:
+        return Tiling((num_sequences * num_heads,), None, 1)
+    tiles_per_sequence = triton.cdiv(max_seqlen, block)
+    return Tiling((tiles_per_sequence * num_sequences, num_heads), None, tiles_per_sequence)
+
+
+def longest_first(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> bool:
+    """The choice of ``_attention_config`` for these arguments of an attention."""
+    return _attention_config.longest_first(qkv.shape[0], cu_seqlens.shape[0] - 1, max_seqlen)
 
 
 def tile_args(head_dim: int, tile: _attention_config.Tile) -> dict[str, int]:

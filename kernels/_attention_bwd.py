@@ -25,6 +25,7 @@ def _attention_bwd_dq_kernel(
     delta_ptr,
     dqkv_ptr,
     cu_seqlens_ptr,
+    tile_list_ptr,
     bias_ptr,
     bias_stride_head,
     bias_width,
@@ -49,10 +50,11 @@ def _attention_bwd_dq_kernel(
     num_heads, HEAD_DIM).  lse_ptr, delta_ptr: fp32 (num_heads, num_tokens), delta written here.
     softmax_scale: as given.  All else as in forward.
     """
-    first, length, tile = _attention.find_tile(cu_seqlens_ptr, tiles_per_sequence)
+    first, length, tile, head = _attention.find_tile(
+        cu_seqlens_ptr, tile_list_ptr, tiles_per_sequence, num_heads
+    )
     if tile * BLOCK_M >= length:
         return
-    head = tl.program_id(1)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     head_offset = first * stride_token + head * HEAD_DIM
@@ -126,6 +128,7 @@ def _attention_bwd_dkdv_kernel(
     delta_ptr,
     dqkv_ptr,
     cu_seqlens_ptr,
+    tile_list_ptr,
     bias_ptr,
     bias_stride_head,
     bias_width,
@@ -147,13 +150,15 @@ def _attention_bwd_dkdv_kernel(
     """dK and dV of one key tile of one head.
 
     Scores are computed transposed, (keys, queries), so that they are the left operand of both sums
-    over queries. BLOCK_M: queries a step.  BLOCK_N: keys of the program.  tiles_per_sequence: key
-    tiles for the longest sequence.  All else as in the dQ kernel, which has written delta.
+    over queries. BLOCK_M: queries a step.  BLOCK_N: keys of the program.  tile_list_ptr: for tiles
+    of BLOCK_N, or None.  tiles_per_sequence: key tiles for the longest sequence.  All else as in
+    the dQ kernel, which has written delta.
     """
-    first, length, tile = _attention.find_tile(cu_seqlens_ptr, tiles_per_sequence)
+    first, length, tile, head = _attention.find_tile(
+        cu_seqlens_ptr, tile_list_ptr, tiles_per_sequence, num_heads
+    )
     if tile * BLOCK_N >= length:
         return
-    head = tl.program_id(1)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     head_offset = first * stride_token + head * HEAD_DIM
@@ -209,6 +214,10 @@ def _attention_bwd_dkdv_kernel(
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
+    if tile_list_ptr is not None:
+        first, length, tile, head = _attention.listed_tile(tile_list_ptr, num_heads, AGAIN=True)
+        head_offset = first * stride_token + head * HEAD_DIM
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     dk_ptr = dqkv_ptr + head_offset + stride_part
     _attention.store_tile(dk_ptr, dk * softmax_scale, keys, length, stride_token, HEAD_DIM, BLOCK_D)
     dv_ptr = dk_ptr + stride_part
@@ -228,6 +237,7 @@ def two_kernels(
     dropout_offset: int,
     bias: torch.Tensor | None = None,
     dropout_mask: torch.Tensor | None = None,
+    longest_first: bool = False,
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty."""
     num_tokens, _, num_heads, head_dim = qkv.shape
@@ -238,9 +248,10 @@ def two_kernels(
     delta = torch.empty_like(lse)
     bias_args = _attention.bias_args(bias)
     dropout = _attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask)
+    sequences = (cu_seqlens, num_tokens, max_seqlen, num_heads)
+    place = _attention.tiling(*sequences, dq_tile.block_m, longest_first)
     with torch.cuda.device_of(qkv):
-        tiles_per_sequence = triton.cdiv(max_seqlen, dq_tile.block_m)
-        _attention_bwd_dq_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
+        _attention_bwd_dq_kernel[place.grid](
             dout,
             qkv,
             out,
@@ -248,28 +259,31 @@ def two_kernels(
             delta,
             dqkv,
             cu_seqlens,
+            place.tile_list,
             *bias_args,
             *dropout,
             softmax_scale,
             num_tokens,
             num_heads,
-            tiles_per_sequence,
+            place.tiles_per_sequence,
             **_attention.tile_args(head_dim, dq_tile),
         )
-        tiles_per_sequence = triton.cdiv(max_seqlen, dkdv_tile.block_n)
-        _attention_bwd_dkdv_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
+        if dkdv_tile.block_n != dq_tile.block_m:
+            place = _attention.tiling(*sequences, dkdv_tile.block_n, longest_first)
+        _attention_bwd_dkdv_kernel[place.grid](
             dout,
             qkv,
             lse,
             delta,
             dqkv,
             cu_seqlens,
+            place.tile_list,
             *bias_args,
             *dropout,
             softmax_scale,
             num_tokens,
             num_heads,
-            tiles_per_sequence,
+            place.tiles_per_sequence,
             **_attention.tile_args(head_dim, dkdv_tile),
         )
     return dqkv

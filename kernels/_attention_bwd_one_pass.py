@@ -26,8 +26,8 @@ def _attention_bwd_one_pass_kernel(
     dqkv_ptr,
     delta_ptr,
     dq_sum_ptr,
-    order_ptr,
     cu_seqlens_ptr,
+    tile_list_ptr,
     bias_ptr,
     bias_stride_head,
     bias_width,
@@ -45,19 +45,14 @@ def _attention_bwd_one_pass_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dQ, dK and dV of one head of one sequence; program rank * num_heads + head.
+    """dQ, dK and dV of one head of one sequence; its place as ``_attention.find_sequence`` has it.
 
     dout_ptr, out_ptr: (num_tokens, num_heads, HEAD_DIM).  qkv_ptr, dqkv_ptr: (num_tokens, 3,
     num_heads, HEAD_DIM).  lse_ptr: fp32 (num_heads, num_tokens).  delta_ptr, dq_sum_ptr: fp32
-    (num_heads, num_tokens) and (num_heads, num_tokens, HEAD_DIM), workspaces.  order_ptr: int32
-    (B,), the sequence of each rank.  BLOCK_M: queries a step.  BLOCK_N: keys a step.  All else as
-    in forward.
+    (num_heads, num_tokens) and (num_heads, num_tokens, HEAD_DIM), workspaces.  BLOCK_M: queries a
+    step.  BLOCK_N: keys a step.  All else as in forward.
     """
-    sequence = tl.load(order_ptr + tl.program_id(0) // num_heads)
-    head = tl.program_id(0) % num_heads
-    first = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - first
-    first = first.to(tl.int64)
+    first, length, head = _attention.find_sequence(cu_seqlens_ptr, tile_list_ptr, num_heads)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     head_offset = first * stride_token + head * HEAD_DIM
@@ -158,44 +153,6 @@ def _attention_bwd_one_pass_kernel(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
-def _longest_first_kernel(cu_seqlens_ptr, order_ptr, num_sequences, BLOCK: tl.constexpr):
-    """order[r] = the sequence that r others precede: longer ones, and equal ones of lower index.
-
-    cu_seqlens_ptr: int32 (num_sequences + 1,).  order_ptr: int32 (num_sequences,).  BLOCK:
-    sequences that a program ranks, and that it compares them with a step.
-    """
-    sequences = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = sequences < num_sequences
-    length = tl.load(cu_seqlens_ptr + sequences + 1, mask=exists, other=0)
-    length -= tl.load(cu_seqlens_ptr + sequences, mask=exists, other=0)
-    rank = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_sequences, BLOCK):
-        others = start + tl.arange(0, BLOCK)
-        # Past the last sequence a length of -1, which precedes none.
-        other = tl.load(cu_seqlens_ptr + others + 1, mask=others < num_sequences, other=-1)
-        other -= tl.load(cu_seqlens_ptr + others, mask=others < num_sequences, other=0)
-        tie = (other[None, :] == length[:, None]) & (others[None, :] < sequences[:, None])
-        rank += tl.sum(((other[None, :] > length[:, None]) | tie).to(tl.int32), 1)
-    tl.store(order_ptr + rank, sequences, mask=exists)
-
-
-def longest_first(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """int32 (B,): the sequences of ``cu_seqlens`` (B + 1,), longest first; B at least 1.
-
-    The time of a program grows with the square of its length, and a long one that starts late keeps
-    the others waiting: 256 sequences of 8 to 512 tokens in random order end 4% later than with the
-    longest first (a simulated queue before 132 multiprocessors).
-    """
-    num_sequences = cu_seqlens.shape[0] - 1
-    order = torch.empty(num_sequences, dtype=torch.int32, device=cu_seqlens.device)
-    block = _attention_config.LONGEST_FIRST_BLOCK
-    _longest_first_kernel[(triton.cdiv(num_sequences, block),)](
-        cu_seqlens, order, num_sequences, BLOCK=block, num_warps=4
-    )
-    return order
-
-
 def one_pass(
     dout: torch.Tensor,
     qkv: torch.Tensor,
@@ -209,6 +166,7 @@ def one_pass(
     dropout_offset: int,
     bias: torch.Tensor | None = None,
     dropout_mask: torch.Tensor | None = None,
+    longest_first: bool = False,
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
@@ -222,11 +180,11 @@ def one_pass(
             "sm_100"
         )
     dqkv = torch.empty_like(qkv)
+    place = _attention.tiling(cu_seqlens, num_tokens, max_seqlen, num_heads, None, longest_first)
     with torch.cuda.device_of(qkv):
         delta = torch.empty_like(lse)
         dq_sum = lse.new_empty(num_heads, num_tokens, head_dim)
-        order = longest_first(cu_seqlens)
-        _attention_bwd_one_pass_kernel[((cu_seqlens.shape[0] - 1) * num_heads,)](
+        _attention_bwd_one_pass_kernel[place.grid](
             dout,
             qkv,
             out,
@@ -234,8 +192,8 @@ def one_pass(
             dqkv,
             delta,
             dq_sum,
-            order,
             cu_seqlens,
+            place.tile_list,
             *_attention.bias_args(bias),
             *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale,

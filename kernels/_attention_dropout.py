@@ -93,10 +93,9 @@ def _attention_dropout_mask_kernel(
     mask_ptr: int32 (N, num_tokens, 4 mask_quads).  cu_seqlens_ptr, tiles_per_sequence: as in
     forward.  seed_ptr, threshold, offset: see ``_philox.Dropout``.
     """
-    first, length, tile = _attention.find_tile(cu_seqlens_ptr, tiles_per_sequence)
+    first, length, tile, head = _attention.find_tile(cu_seqlens_ptr, None, tiles_per_sequence, 0)
     if tile * BLOCK_M >= length:
         return
-    head = tl.program_id(1)
     width = 4 * mask_quads
     queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = first.to(tl.int32) + queries
@@ -122,10 +121,10 @@ def dropout_mask(
     shape = (num_heads, num_tokens, 4 * quads)
     mask = torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device)
     block_m, num_warps = _attention_config.dropout_mask()
-    tiles_per_sequence = triton.cdiv(max_seqlen, block_m)
+    place = _attention.tiling(cu_seqlens, num_tokens, max_seqlen, num_heads, block_m)
     seed, threshold, offset, _ = _philox.dropout_args(dropout_p, dropout_seed, dropout_offset)
     with torch.cuda.device_of(cu_seqlens):
-        _attention_dropout_mask_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
+        _attention_dropout_mask_kernel[place.grid](
             mask,
             cu_seqlens,
             seed,
@@ -133,7 +132,7 @@ def dropout_mask(
             offset,
             num_tokens,
             quads,
-            tiles_per_sequence,
+            place.tiles_per_sequence,
             BLOCK_M=block_m,
             num_warps=num_warps,
         )

@@ -1,8 +1,9 @@
 """attention: softmax(scale Q K^T) V for packed sequences, QKV packed in and out.
 
 Vaswani et al., arXiv 1706.03762, eq. 1, tiled with an online softmax (Dao, FlashAttention-2, arXiv
-2307.08691). The grid covers every sequence with tiles for ``max_seqlen`` tokens; programs past a
-sequence's end return at once, so no length is read on the host. Backward recomputes the
+2307.08691). No length is read on the host: the grid covers every sequence with tiles for
+``max_seqlen`` tokens, and programs past a sequence's end return at once; or the device lists the
+tiles, longest sequence first (``_attention_config.longest_first``). Backward recomputes the
 probabilities from ``lse``, in one of three ways (``_attention_config.bwd``), none with atomics.
 """
 
@@ -32,6 +33,7 @@ def _attention_fwd_kernel(
     out_ptr,
     lse_ptr,
     cu_seqlens_ptr,
+    tile_list_ptr,
     bias_ptr,
     bias_stride_head,
     bias_width,
@@ -50,19 +52,21 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One query tile of one head: out and lse; program (sequence and tile, head).
+    """One query tile of one head: out and lse; its place as ``_attention.find_tile`` has it.
 
     qkv_ptr: (num_tokens, 3, num_heads, HEAD_DIM).  out_ptr: (num_tokens, num_heads, HEAD_DIM).
-    lse_ptr: fp32 (num_heads, num_tokens).  cu_seqlens_ptr: int32 (B + 1,).  bias_ptr,
-    bias_stride_head, bias_width: see ``_attention.bias_args``.  dropout_seed_ptr to
-    dropout_mask_quads: see ``_attention_dropout.dropout_args``; no dropout without a seed.
-    score_scale: softmax_scale log2(e).  tiles_per_sequence: query tiles for the longest sequence.
-    BLOCK_M: queries.  BLOCK_N: keys a step.  BLOCK_D: HEAD_DIM padded to a power of two.
+    lse_ptr: fp32 (num_heads, num_tokens).  cu_seqlens_ptr: int32 (B + 1,).  tile_list_ptr: for
+    tiles of BLOCK_M, or None.  bias_ptr, bias_stride_head, bias_width: see
+    ``_attention.bias_args``.  dropout_seed_ptr to dropout_mask_quads: see
+    ``_attention_dropout.dropout_args``; no dropout without a seed.  score_scale: softmax_scale
+    log2(e).  tiles_per_sequence: query tiles for the longest sequence.  BLOCK_M: queries.  BLOCK_N:
+    keys a step.  BLOCK_D: HEAD_DIM padded to a power of two.
     """
-    first, length, tile = _attention.find_tile(cu_seqlens_ptr, tiles_per_sequence)
+    first, length, tile, head = _attention.find_tile(
+        cu_seqlens_ptr, tile_list_ptr, tiles_per_sequence, num_heads
+    )
     if tile * BLOCK_M >= length:
         return
-    head = tl.program_id(1)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     q_ptr = qkv_ptr + first * stride_token + head * HEAD_DIM
@@ -111,6 +115,9 @@ def _attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = updated
 
+    if tile_list_ptr is not None:
+        first, length, tile, head = _attention.listed_tile(tile_list_ptr, num_heads, AGAIN=True)
+        queries = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     divisor = total
     if bias_ptr is not None:
         divisor = tl.where(total == 0.0, 1.0, total)
@@ -145,7 +152,8 @@ def attention_fwd(
     """
     dropout = (dropout_p, dropout_seed, dropout_offset)
     mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
-    return forward(qkv, cu_seqlens, max_seqlen, softmax_scale, *dropout, bias, mask)
+    site = (cu_seqlens, max_seqlen, softmax_scale, *dropout, bias, mask)
+    return forward(qkv, *site, _attention.longest_first(qkv, cu_seqlens, max_seqlen))
 
 
 def forward(
@@ -158,28 +166,32 @@ def forward(
     dropout_offset: int,
     bias: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    longest_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``attention_fwd`` with the dropout of a mask of ``_attention_dropout.dropout_mask``, or, for
-    None, of Philox in the kernel."""
+    None, of Philox in the kernel; its tiles as they come or longest sequence first."""
     num_tokens, _, num_heads, head_dim = qkv.shape
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=qkv.device)
     if qkv.numel() == 0:
         return out, lse
     tile = _attention_config.tiles(*_attention.kind(qkv, dropout_p, bias, dropout_mask)).fwd
-    tiles_per_sequence = triton.cdiv(max_seqlen, tile.block_m)
+    place = _attention.tiling(
+        cu_seqlens, num_tokens, max_seqlen, num_heads, tile.block_m, longest_first
+    )
     with torch.cuda.device_of(qkv):
-        _attention_fwd_kernel[_attention.grid(tiles_per_sequence, cu_seqlens, num_heads)](
+        _attention_fwd_kernel[place.grid](
             qkv,
             out,
             lse,
             cu_seqlens,
+            place.tile_list,
             *_attention.bias_args(bias),
             *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale * LOG2_E,
             num_tokens,
             num_heads,
-            tiles_per_sequence,
+            place.tiles_per_sequence,
             **_attention.tile_args(head_dim, tile),
         )
     return out, lse
@@ -207,7 +219,8 @@ def attention_bwd(
     dropout = (dropout_p, dropout_seed, dropout_offset)
     mask = _attention_dropout.chosen_mask(qkv, cu_seqlens, max_seqlen, *dropout)
     site = (cu_seqlens, max_seqlen, softmax_scale, *dropout, bias)
-    return backward(dout, qkv, out, lse, *site, mask)
+    longest_first = _attention.longest_first(qkv, cu_seqlens, max_seqlen)
+    return backward(dout, qkv, out, lse, *site, mask, longest_first)
 
 
 def backward(
@@ -223,8 +236,9 @@ def backward(
     dropout_offset: int,
     bias: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    longest_first: bool = False,
 ) -> torch.Tensor:
-    """``attention_bwd`` with the mask of ``forward``, or None."""
+    """``attention_bwd`` with the mask of ``forward``, or None, and its order."""
     if qkv.numel() == 0:
         return torch.empty_like(qkv)
     way = _attention_config.bwd(max_seqlen, *_attention.kind(qkv, dropout_p, bias, dropout_mask))
@@ -241,4 +255,5 @@ def backward(
         dropout_offset,
         bias,
         dropout_mask,
+        longest_first,
     )

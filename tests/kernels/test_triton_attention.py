@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ pytest.importorskip("triton")
 
 from fastbert.kernels import _attention_config, attention
 
+from ._attention import attention_factors, attention_formula, cu_seqlens_of
 from ._parity import (
     DEVICE,
     DOT_DTYPES,
@@ -19,7 +19,6 @@ from ._parity import (
     KERNEL_MARKS,
     assert_parity,
     dropout_args,
-    dropout_factors,
     in_the_first_process,
     kernel_test,
     random,
@@ -34,41 +33,18 @@ def test_under_the_interpreter(tmp_path):
     run_interpreted(__file__, tmp_path)
 
 
-def attention_formula(qkv, *, lengths, factors):
-    """Softmax attention sequence by sequence; ``factors``: dropout by (sequence) or None."""
-    outs, first = [], 0
-    for i, length in enumerate(lengths):
-        q, k, v = qkv[first : first + length].permute(1, 2, 0, 3)
-        p = (q @ k.transpose(1, 2) * qkv.shape[3] ** -0.5).softmax(-1)
-        if factors is not None:
-            p = p * factors[i].to(p.dtype)
-        outs.append((p @ v).transpose(0, 1))
-        first += length
-    return torch.cat(outs)
-
-
-def attention_factors(lengths, num_heads, p):
-    factors, first = [], 0
-    for length in lengths:
-        row = first + np.arange(length)[None, :, None]
-        plane = np.arange(num_heads)[:, None, None]
-        factors.append(dropout_factors(p, row, np.arange(length)[None, None, :], plane))
-        first += length
-    return factors
-
-
 def check_attention(lengths, head_dim, dtype, p, scale=1.0, num_heads=2):
     torch.manual_seed(0)
     num_tokens = sum(lengths)
     qkv = random(num_tokens, 3, num_heads, head_dim, dtype=dtype, scale=scale)
     dout = random(num_tokens, num_heads, head_dim, dtype=dtype)
-    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    cu_seqlens = cu_seqlens_of(lengths)
     max_seqlen = max(lengths) + 3  # any bound will do
     site = (cu_seqlens, max_seqlen, head_dim**-0.5, *dropout_args(p))
     out, lse = attention.attention_fwd(qkv, *site)
     dqkv = attention.attention_bwd(dout, qkv, out, lse, *site)
 
-    factors = attention_factors(lengths, num_heads, p) if p else None
+    factors = attention_factors(lengths, num_heads, p)
     formula = partial(attention_formula, lengths=lengths, factors=factors)
     assert_parity({"out": out, "qkv": dqkv}, formula, {"qkv": qkv}, dout)
 

@@ -10,12 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from fastbert.kernels import _attention_config, attention
-from fastbert.kernels._attention_bwd_one_pass import longest_first
 
 from ._attention import attention_factors, attention_formula, cu_seqlens_of
 from ._parity import (
     BF16,
-    DEVICE,
     DOT_DTYPES,
     FP16,
     FP32,
@@ -161,15 +159,6 @@ def test_what_a_way_cannot_serve(way, head_dim, most, message):
     site = (cu_seqlens_of([1]), most, 0.25, *dropout_args(0.0))
     with pytest.raises(ValueError, match=message):
         attention.BACKWARDS[way](qkv[:, 0], qkv, qkv[:, 0], random(1, 1), *site)
-
-
-@kernel_test
-@pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [0, 9, 3, 9, 0, 12], [*range(50), *range(60)]])
-def test_longest_first(lengths, monkeypatch):
-    monkeypatch.setattr(_attention_config, "LONGEST_FIRST_BLOCK", 32)
-    order = longest_first(cu_seqlens_of(lengths))
-    expected = torch.tensor(lengths, device=DEVICE).argsort(descending=True, stable=True)
-    assert order.tolist() == expected.tolist()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")

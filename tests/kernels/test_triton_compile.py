@@ -16,11 +16,11 @@ from fastbert.kernels import _attention_config, _config
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
 # What they read are a few offsets.
-NARROW_LOADS = {"longest_first", "attention_dropout_mask"}
+NARROW_LOADS = {"attention_tile_list", "attention_dropout_mask"}
 # A column sum ends with a few values a thread; the loss alone, a rank and a norm's share are one
 # value a row or program.
 NARROW_STORES = {
-    "sum_partials", "join_chunks", "cross_entropy_rows", "longest_first", "lamb_moments",
+    "sum_partials", "join_chunks", "cross_entropy_rows", "attention_tile_list", "lamb_moments",
 }  # fmt: skip
 
 
