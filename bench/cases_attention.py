@@ -106,7 +106,7 @@ def make(
             others["fastbert packed mask"] = masked
             checks["fastbert packed mask"] = lambda: _same(masked, half_of(half, ours, [qkv], dout))
         if qkv.is_cuda and min(lengths) < longest:
-            others |= _other_order(half_of(half, ours, [qkv], dout), lengths)
+            others |= _other_order(half_of(half, ours, [qkv], dout), lengths, qkv.element_size())
         counted = work.attention(lengths, heads, dim, qkv.element_size(), half)
         return Problem(
             half_of(half, ours, [qkv], dout),
@@ -175,12 +175,13 @@ def _by_mask(
     return lambda: backward(*kept)
 
 
-def _other_order(run: Run, lengths: list[int]) -> dict[str, Run]:
+def _other_order(run: Run, lengths: list[int], itemsize: int) -> dict[str, Run]:
     """Ours with its tiles in the order that ``_attention_config.longest_first`` does not take, by
     the name of that."""
     from fastbert.kernels import _attention_config
 
-    chosen = _attention_config.longest_first(sum(lengths), len(lengths), max(lengths))
+    sizes = sum(lengths), len(lengths), max(lengths), itemsize
+    chosen = _attention_config.longest_first(*sizes)
 
     def call() -> Any:
         choice = _attention_config.longest_first

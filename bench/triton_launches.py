@@ -39,8 +39,8 @@ def _attention(
 ) -> None:
     from fastbert.kernels import attention
 
-    if mask and dtype.itemsize != 2:
-        return  # _attention_dropout.chosen_mask takes none
+    if (mask or longest_first) and dtype.itemsize != 2:
+        return  # _attention_dropout.chosen_mask and _attention_config.longest_first take none
     qkv, site = _attention_call(dtype, head_dim, p, bias, 512, mask)
     out, lse = attention.forward(qkv, *site, longest_first)
     attention.BACKWARDS["two_kernels"](out, qkv, out, lse, *site, longest_first)

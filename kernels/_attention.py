@@ -146,7 +146,8 @@ def tiling(
 
 def longest_first(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> bool:
     """The choice of ``_attention_config`` for these arguments of an attention."""
-    return _attention_config.longest_first(qkv.shape[0], cu_seqlens.shape[0] - 1, max_seqlen)
+    sizes = qkv.shape[0], cu_seqlens.shape[0] - 1, max_seqlen, qkv.element_size()
+    return _attention_config.longest_first(*sizes)
 
 
 def tile_args(head_dim: int, tile: _attention_config.Tile) -> dict[str, int]:

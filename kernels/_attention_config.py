@@ -285,7 +285,7 @@ def dropout_mask() -> tuple[int, int]:
     return 64, 2
 
 
-def longest_first(num_tokens: int, num_sequences: int, max_seqlen: int) -> bool:
+def longest_first(num_tokens: int, num_sequences: int, max_seqlen: int, itemsize: int) -> bool:
     """Whether attention takes its tiles from a list, longest sequence first, or as they come.
 
     What it saves of the time as they come, in a simulated queue before 132 multiprocessors: two
@@ -298,10 +298,12 @@ def longest_first(num_tokens: int, num_sequences: int, max_seqlen: int) -> bool:
         256              6.6      3%    5.4   2%       13.4    2%     14.5   2%
 
     Making the list is one small kernel, 2 to 3 us, for each half of each layer. So: where lengths
-    differ by more than a tile, and there are tokens enough to be worth it. Not yet measured.
+    differ by more than a tile, and there are tokens enough to be worth it. In fp32, whose programs
+    are many and short for their tiles of 16 or 32 queries, a kernel spills with a list, too. Not
+    yet measured.
     """
     differ = 8 * num_tokens <= 7 * num_sequences * max_seqlen
-    return differ and max_seqlen > 128 and num_tokens >= 4096
+    return differ and max_seqlen > 128 and num_tokens >= 4096 and itemsize == 2
 
 
 # Sequences that a program of the tile list ranks: of a few thousand each has its own programs.

@@ -2,7 +2,7 @@
 
 Models that ``accelerate`` does not know can still run their attention on fastbert's kernels,
 through the two interfaces that transformers offers for it. Only bidirectional self-attention.
-torch.compile leaves both functions alone: the number of real tokens depends on the mask's values.
+In a graph of torch.compile the layout itself goes from layer to layer where the mask does otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastbert.ops import attention
-from fastbert.packed import PackedBatch
+from fastbert.packed import PackedBatch, TracedBatch
 
 Tensor = torch.Tensor
 NAME = "fastbert"
@@ -30,7 +30,6 @@ def register_attention() -> None:
     masking.AttentionMaskInterface.register(NAME, padding_mask)
 
 
-@torch.compiler.disable
 def padding_mask(
     batch_size: int,
     q_length: int,
@@ -40,13 +39,14 @@ def padding_mask(
     mask_function: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """The 2-D padding mask as it came; None when nothing is padded.
+) -> Tensor | PackedBatch | None:
+    """The 2-D padding mask as it came, or, in a graph, its layout; None when nothing is padded.
 
     Raises ValueError for anything but bidirectional self-attention.
     """
-    masking = importlib.import_module("transformers.masking_utils")
-    if mask_function is not masking.bidirectional_mask_function:
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if mask_function is not bidirectional_mask_function:
         raise ValueError(
             f"attn_implementation={NAME!r}: got a causal, sliding or composed mask, expected "
             "bidirectional attention"
@@ -58,29 +58,33 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
-    mask = attention_mask.bool()
     # One layout for all layers: finding the lengths waits for the device.
-    mask.fastbert_layout = _layout(mask)  # type: ignore[attr-defined]
+    layout = _layout(attention_mask)
+    if torch.compiler.is_compiling():
+        return layout
+    mask = attention_mask.bool()
+    mask.fastbert_layout = layout  # type: ignore[attr-defined]
     return mask
 
 
 def _layout(mask: Tensor) -> PackedBatch:
-    return PackedBatch.from_padded(mask.long(), mask)
+    kind = TracedBatch if torch.compiler.is_compiling() else PackedBatch
+    return kind.from_padded(mask.long(), mask)
 
 
-@torch.compiler.disable
 def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | PackedBatch | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """out (B, S, N, D) of query, key and value (B, N, S, D) under a (B, S) mask; padding gives 0.
+    """out (B, S, N, D) of query, key and value (B, N, S, D) under a (B, S) mask, or what
+    ``padding_mask`` makes of it; padding gives 0.
 
     Raises ValueError for causal attention, for key heads that queries share, for cross-attention
     and for a mask of more than two dimensions.
@@ -95,7 +99,7 @@ def attention_forward(
             f"attn_implementation={NAME!r}: got query {tuple(query.shape)}, key {tuple(key.shape)} "
             f"and value {tuple(value.shape)}, expected one shape"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask: got {tuple(attention_mask.shape)}, expected (B, S) under "
             f"attn_implementation={NAME!r}"
@@ -104,12 +108,13 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: not supported under attn_implementation={NAME!r}")
     batch, heads, length, dim = query.shape
-    layout = getattr(attention_mask, "fastbert_layout", None)
+    layout: Any = attention_mask
+    if not torch.compiler.is_compiling():  # where its lengths would be constants of the graph
+        layout = getattr(attention_mask, "fastbert_layout", attention_mask)
     if layout is None:
-        mask = attention_mask
-        if mask is None:
-            mask = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-        layout = _layout(mask)
+        layout = torch.ones(batch, length, device=query.device)
+    if isinstance(layout, Tensor):
+        layout = _layout(layout)
     qkv = torch.stack([x.transpose(1, 2) for x in (query, key, value)], 2)
     packed = layout.pack(qkv.reshape(batch, length, 3 * heads * dim))
     assert packed is not None

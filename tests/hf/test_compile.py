@@ -271,15 +271,39 @@ def test_restored_and_copied() -> None:
 
 
 def test_compiled_attention_interface() -> None:
+    """One graph for every mask, without breaks, with the gradients of the original."""
     register_attention()
     original, ours = tiny("BertModel"), tiny("BertModel")
     ours.set_attn_implementation("fastbert")
-    compiled = torch.compile(ours, backend="eager")
-    for lengths in ((11, 1, 7, 4), (11, 11, 2, 5)):
+    compiled = torch.compile(ours, backend=BACKEND, fullgraph=True)
+    for lengths in LENGTHS:
         batch = batch_for("BertModel", lengths_mask(lengths))
         mask = batch["attention_mask"] != 0
-        expected = original(**batch)[0][mask]
-        torch.testing.assert_close(compiled(**batch)[0][mask], expected)
+        expected, output = original(**batch)[0][mask], compiled(**batch)[0][mask]
+        torch.testing.assert_close(output, expected)
+        for model, x in ((original, expected), (ours, output)):
+            model.zero_grad()
+            (x**3).mean().backward()
+        for p, q in zip(ours.parameters(), original.parameters(), strict=True):
+            if q.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    del batch["attention_mask"]
+    torch.testing.assert_close(compiled(**batch)[0], original(**batch)[0])
+
+
+def test_layers_compiled_one_by_one_under_the_attention_interface() -> None:
+    """Their mask comes from outside of the graph, and its lengths do not compile anything anew."""
+    register_attention()
+    original, ours = tiny("BertModel"), tiny("BertModel")
+    ours.set_attn_implementation("fastbert")
+    for layer in ours.encoder.layer:
+        layer.compile(backend=BACKEND, fullgraph=True)
+    for lengths in LENGTHS:
+        batch = batch_for("BertModel", lengths_mask(lengths))
+        mask = batch["attention_mask"] != 0
+        torch.testing.assert_close(ours(**batch)[0][mask], original(**batch)[0][mask])
+    assert counters["stats"]["unique_graphs"] <= len(ours.encoder.layer)
 
 
 def test_export_takes_the_original_path() -> None:

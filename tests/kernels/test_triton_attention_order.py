@@ -126,16 +126,17 @@ def test_attention_takes_the_order_that_is_chosen(chosen, small_tiles, monkeypat
     site = (cu_seqlens_of([20, 70]), 75, 0.25, *dropout_args(0.0))
     out, lse = attention.attention_fwd(qkv, *site)
     attention.attention_bwd(dout, qkv, out, lse, *site)
-    assert asked == [(90, 2, 75)] * 2
+    assert asked == [(90, 2, 75, 4)] * 2
     assert [place.tile_list is not None for place in found] == [chosen] * 3
 
 
 def test_the_choice():
     """The list is for lengths that differ by more than a tile, and not for little work."""
     choice = _attention_config.longest_first
-    assert choice(16 * 1024, 64, 512)
-    assert not choice(64 * 512, 64, 512)  # all alike
-    assert not choice(64 * 460, 64, 512)  # nearly
-    assert not choice(64 * 64, 64, 128)  # a tile each
-    assert not choice(1024, 8, 512)  # little work
-    assert choice(4096, 16, 512)
+    assert choice(16 * 1024, 64, 512, 2)
+    assert not choice(16 * 1024, 64, 512, 4)  # tiles of few queries
+    assert not choice(64 * 512, 64, 512, 2)  # all alike
+    assert not choice(64 * 460, 64, 512, 2)  # nearly
+    assert not choice(64 * 64, 64, 128, 2)  # a tile each
+    assert not choice(1024, 8, 512, 2)  # little work
+    assert choice(4096, 16, 512, 2)
