@@ -53,7 +53,6 @@ def _attention_bwd(
     p: float,
     bias: bool = False,
     mask: bool = False,
-    longest_first: bool = False,
 ) -> None:
     """One of the backwards in one kernel, where it has a tile."""
     import torch
@@ -68,7 +67,7 @@ def _attention_bwd(
         qkv, site = _attention_call(dtype, head_dim, p, bias, longest, mask)
         out = torch.empty_like(qkv[:, 0])
         lse = torch.empty(qkv.shape[2], TOKENS)
-        attention.BACKWARDS[way](out, qkv, out, lse, *site, longest_first)
+        attention.BACKWARDS[way](out, qkv, out, lse, *site)
 
 
 def _bias_gelu(dtype: Any, tanh: bool) -> None:
@@ -279,15 +278,6 @@ CASES: dict[str, Callable[[Any], None]] = {
         _attention, head_dim=128, p=0.1, bias=True, longest_first=True
     ),
     "attention list mask": partial(_attention, head_dim=64, p=0.1, mask=True, longest_first=True),
-    "attention short list dropout": partial(
-        _attention_bwd, way="short", head_dim=64, p=0.1, longest_first=True
-    ),
-    "attention one pass list": partial(
-        _attention_bwd, way="one_pass", head_dim=64, p=0.0, longest_first=True
-    ),
-    "attention one pass list dropout": partial(
-        _attention_bwd, way="one_pass", head_dim=64, p=0.1, longest_first=True
-    ),
     "feed_forward tanh": partial(_feed_forward, tanh=True),
     "add_layer_norm H=1024 dropout": partial(_add_layer_norm, width=1024, p=0.1),
     "add_layer_norm H=4096 dropout": partial(_add_layer_norm, width=4096, p=0.1),

@@ -33,19 +33,6 @@ def find_tile(cu_seqlens_ptr, tile_list_ptr, tiles_per_sequence, num_heads):
 
 
 @triton.jit
-def find_sequence(cu_seqlens_ptr, tile_list_ptr, num_heads):
-    """As ``find_tile`` for kernels whose program takes a whole sequence of a head."""
-    if tile_list_ptr is None:
-        sequence = tl.program_id(0) // num_heads
-        first = tl.load(cu_seqlens_ptr + sequence)
-        length = tl.load(cu_seqlens_ptr + sequence + 1) - first
-        return first.to(tl.int64), length, tl.program_id(0) % num_heads
-    else:
-        first, length, _, head = listed_tile(tile_list_ptr, num_heads)
-        return first, length, head
-
-
-@triton.jit
 def listed_tile(tile_list_ptr, num_heads, AGAIN: tl.constexpr = False):
     """``find_tile`` by the list: program place * num_heads + head, so that all heads of a long tile
     start before a short one.
@@ -55,7 +42,8 @@ def listed_tile(tile_list_ptr, num_heads, AGAIN: tl.constexpr = False):
     """
     entry = tile_list_ptr + tl.program_id(0) // num_heads * 3
     first = tl.load(entry, volatile=AGAIN)
-    length = tl.load(entry + 1, volatile=AGAIN)
+    # A length in place of the end makes the one-pass backward with dropout spill on sm_90.
+    length = tl.load(entry + 1, volatile=AGAIN) - first
     tile = tl.load(entry + 2, volatile=AGAIN)
     return first.to(tl.int64), length, tile, tl.program_id(0) % num_heads
 
@@ -125,21 +113,18 @@ def tiling(
     num_tokens: int,
     max_seqlen: int,
     num_heads: int,
-    block: int | None,
+    block: int,
     longest_first: bool = False,
 ) -> Tiling:
-    """A program for each tile of ``block`` tokens (None: each whole sequence) and head.
+    """A program for each tile of ``block`` tokens and head.
 
     As the sequences come, or longest first by a list. As they come each has the tiles of the
     longest, and programs past its end return at once.
     """
     num_sequences = cu_seqlens.shape[0] - 1
     if longest_first:
-        of = block or _attention_tile_list.WHOLE_SEQUENCE
-        places = _attention_tile_list.tile_list(cu_seqlens, num_tokens, max_seqlen, of)
+        places = _attention_tile_list.tile_list(cu_seqlens, num_tokens, max_seqlen, block)
         return Tiling((places.shape[0] * num_heads,), places, 1)
-    if block is None:
-        return Tiling((num_sequences * num_heads,), None, 1)
     tiles_per_sequence = triton.cdiv(max_seqlen, block)
     return Tiling((tiles_per_sequence * num_sequences, num_heads), None, tiles_per_sequence)
 

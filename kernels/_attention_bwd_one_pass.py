@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastbert.kernels import _attention, _attention_config, _attention_dropout
+from fastbert.kernels._attention_tile_list import WHOLE_SEQUENCE
 
 
 @triton.jit(do_not_specialize=["num_tokens", "dropout_threshold", "dropout_offset"])
@@ -26,7 +27,6 @@ def _attention_bwd_one_pass_kernel(
     dqkv_ptr,
     delta_ptr,
     dq_sum_ptr,
-    cu_seqlens_ptr,
     tile_list_ptr,
     bias_ptr,
     bias_stride_head,
@@ -45,14 +45,14 @@ def _attention_bwd_one_pass_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dQ, dK and dV of one head of one sequence; its place as ``_attention.find_sequence`` has it.
+    """dQ, dK and dV of one head of one sequence; its place as ``_attention.listed_tile`` has it.
 
     dout_ptr, out_ptr: (num_tokens, num_heads, HEAD_DIM).  qkv_ptr, dqkv_ptr: (num_tokens, 3,
     num_heads, HEAD_DIM).  lse_ptr: fp32 (num_heads, num_tokens).  delta_ptr, dq_sum_ptr: fp32
-    (num_heads, num_tokens) and (num_heads, num_tokens, HEAD_DIM), workspaces.  BLOCK_M: queries a
-    step.  BLOCK_N: keys a step.  All else as in forward.
+    (num_heads, num_tokens) and (num_heads, num_tokens, HEAD_DIM), workspaces.  tile_list_ptr: of
+    whole sequences.  BLOCK_M: queries a step.  BLOCK_N: keys a step.  All else as in forward.
     """
-    first, length, head = _attention.find_sequence(cu_seqlens_ptr, tile_list_ptr, num_heads)
+    first, length, _, head = _attention.listed_tile(tile_list_ptr, num_heads)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     head_offset = first * stride_token + head * HEAD_DIM
@@ -170,6 +170,7 @@ def one_pass(
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
+    longest_first: always so here, where a program is as long as a sequence.
     Raises ValueError where ``_attention_config.bwd_one_pass`` has no tile.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
@@ -180,7 +181,7 @@ def one_pass(
             "sm_100"
         )
     dqkv = torch.empty_like(qkv)
-    place = _attention.tiling(cu_seqlens, num_tokens, max_seqlen, num_heads, None, longest_first)
+    place = _attention.tiling(cu_seqlens, num_tokens, max_seqlen, num_heads, WHOLE_SEQUENCE, True)
     with torch.cuda.device_of(qkv):
         delta = torch.empty_like(lse)
         dq_sum = lse.new_empty(num_heads, num_tokens, head_dim)
@@ -192,7 +193,6 @@ def one_pass(
             dqkv,
             delta,
             dq_sum,
-            cu_seqlens,
             place.tile_list,
             *_attention.bias_args(bias),
             *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),

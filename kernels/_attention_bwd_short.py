@@ -24,7 +24,6 @@ def _attention_bwd_short_kernel(
     lse_ptr,
     dqkv_ptr,
     cu_seqlens_ptr,
-    tile_list_ptr,
     bias_ptr,
     bias_stride_head,
     bias_width,
@@ -42,13 +41,17 @@ def _attention_bwd_short_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dQ, dK and dV of one head of one sequence; its place as ``_attention.find_sequence`` has it.
+    """dQ, dK and dV of one head of one sequence; program sequence * num_heads + head.
 
     dout_ptr, out_ptr: (num_tokens, num_heads, HEAD_DIM).  qkv_ptr, dqkv_ptr: (num_tokens, 3,
     num_heads, HEAD_DIM).  lse_ptr: fp32 (num_heads, num_tokens).  BLOCK_M: queries, at least the
     longest length.  BLOCK_N: keys a step.  All else as in forward.
     """
-    first, length, head = _attention.find_sequence(cu_seqlens_ptr, tile_list_ptr, num_heads)
+    sequence = tl.program_id(0) // num_heads
+    head = tl.program_id(0) % num_heads
+    first = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - first
+    first = first.to(tl.int64)
     stride_part = num_heads * HEAD_DIM
     stride_token = 3 * stride_part
     head_offset = first * stride_token + head * HEAD_DIM
@@ -142,6 +145,7 @@ def short(
 ) -> torch.Tensor:
     """dqkv, as ``attention.attention_bwd`` has it; qkv is not empty.
 
+    longest_first: all the same here, where a program takes a sequence and all are short.
     Raises ValueError where ``_attention_config.bwd_short`` has no tile as long as max_seqlen.
     """
     num_tokens, _, num_heads, head_dim = qkv.shape
@@ -150,16 +154,14 @@ def short(
     if tile is None or max_seqlen > longest:
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at most {longest}")
     dqkv = torch.empty_like(qkv)
-    place = _attention.tiling(cu_seqlens, num_tokens, max_seqlen, num_heads, None, longest_first)
     with torch.cuda.device_of(qkv):
-        _attention_bwd_short_kernel[place.grid](
+        _attention_bwd_short_kernel[((cu_seqlens.shape[0] - 1) * num_heads,)](
             dout,
             qkv,
             out,
             lse,
             dqkv,
             cu_seqlens,
-            place.tile_list,
             *_attention.bias_args(bias),
             *_attention_dropout.dropout_args(dropout_p, dropout_seed, dropout_offset, dropout_mask),
             softmax_scale,

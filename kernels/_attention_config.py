@@ -174,8 +174,11 @@ _BWD_ONE_PASS_TILES = {
 }
 
 
-# With a bias, with dropout or without.
-_BWD_ONE_PASS_BIAS_TILES = {"wgmma": (32, 128, 8, 1), "tcgen05": (64, 128, 8, 1)}
+# With a bias. 128 keys and dropout spill 2 instructions on sm_90.
+_BWD_ONE_PASS_BIAS_TILES = {
+    "wgmma": {False: (32, 128, 8, 1), True: (32, 64, 8, 2)},
+    "tcgen05": {False: (64, 128, 8, 1), True: (64, 128, 8, 1)},
+}
 
 
 def bwd_short(
@@ -211,9 +214,8 @@ def bwd_one_pass(
     unit = matrix_unit(arch)
     if unit not in _BWD_ONE_PASS_TILES or (head_dim, itemsize) != (64, 2):
         return None
-    if bias:
-        return Tile(*_BWD_ONE_PASS_BIAS_TILES[unit])
-    return Tile(*_BWD_ONE_PASS_TILES[unit][dropout])
+    tiles = _BWD_ONE_PASS_BIAS_TILES if bias else _BWD_ONE_PASS_TILES
+    return Tile(*tiles[unit][dropout])
 
 
 def bwd(

@@ -1,9 +1,9 @@
 """The tiles of packed sequences, longest sequence first: a list that the device makes for itself.
 
-int32 (P, 3): the sequence's first token, its length and the tile in it. Sequences of equal length
-keep their order. P is what the host knows to suffice without reading a length, so places may be
-left over at the end: their length is 0, and a program that finds one returns. A program's result
-does not depend on its place, so neither does any bit of the whole.
+int32 (P, 3): the sequence's first token, where it ends, and the tile in it. Sequences of equal
+length keep their order. P is what the host knows to suffice without reading a length, so places may
+be left over at the end: theirs is an empty sequence, and a program that finds one returns. What a
+program computes does not depend on its place, so neither does any bit of the whole.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def _attention_tile_list_kernel(
     for tile in range(0, tl.max(tiles, 0)):
         entry = tile_list_ptr + (place + tile) * 3
         tl.store(entry, first, mask=tile < tiles)
-        tl.store(entry + 1, length, mask=tile < tiles)
+        tl.store(entry + 1, first + length, mask=tile < tiles)
         tl.store(entry + 2, tile, mask=tile < tiles)
     for start in range(tl.sum(listed, 0), num_places, tl.num_programs(0) * BLOCK):
-        # Its length alone says that a place is left over, but a test reads all three.
         entry = tile_list_ptr + (start + sequences) * 3
         for part in tl.static_range(3):
             tl.store(entry + part, 0, mask=start + sequences < num_places)

@@ -2,7 +2,7 @@
 
 Models that ``accelerate`` does not know can still run their attention on fastbert's kernels,
 through the two interfaces that transformers offers for it. Only bidirectional self-attention.
-In a graph of torch.compile the layout itself goes from layer to layer where the mask does otherwise.
+In a graph of torch.compile the layout itself goes from layer to layer in place of the mask.
 """
 
 from __future__ import annotations

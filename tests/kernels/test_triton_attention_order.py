@@ -34,11 +34,15 @@ def test_under_the_interpreter(tmp_path):
 
 
 def listed(lengths, block):
-    """Every (first token, length, tile), longest sequence first."""
+    """Every (first token, end, tile), longest sequence first."""
     firsts = [sum(lengths[:i]) for i in range(len(lengths))]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort
     tiles = [range(-(-lengths[i] // block)) for i in order]
-    return [[firsts[i], lengths[i], t] for i, of in zip(order, tiles, strict=True) for t in of]
+    return [
+        [firsts[i], firsts[i] + lengths[i], t]
+        for i, of in zip(order, tiles, strict=True)
+        for t in of
+    ]
 
 
 @kernel_test
