@@ -13,6 +13,7 @@ from fastbert.ops._library import wants_grad
 from fastbert.ops._matmul import autocast_to, mm, mm_t
 from fastbert.ops._registry import OPS
 from fastbert.ops.bias_gelu import bias_gelu, launch_backward, launch_forward
+from fastbert.ops.linear import traced_linear
 
 # The halves, of "fwd" and "bwd", that are one Triton product with GELU in its epilogue, where they
 # can be (see _fuses), instead of a BLAS product and bias_gelu. None until a GPU has shown that a
@@ -51,7 +52,8 @@ def feed_forward(
     _check.like("w2", w2, x, (w2.shape[0], w1.shape[0]))
     _check.vector("b1", b1, x, w1.shape[0])
     if torch.compiler.is_compiling():
-        return F.linear(bias_gelu(F.linear(x, w1), b1, approximate=approximate), w2)
+        pre = traced_linear(x, w1, None)
+        return traced_linear(bias_gelu(pre, b1, approximate=approximate), w2, None)
     if torch.is_grad_enabled() and wants_grad(x, w1, b1, w2):
         return _FeedForward.apply(x, w1, b1, w2, approximate == "tanh")
     return _inference(x, w1, b1, w2, approximate == "tanh")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import _check
-from fastbert.ops._library import wants_grad
-from fastbert.ops._matmul import autocast_to, few_rows, mm, mm_t, widens
+from fastbert.ops._library import differentiable
+from fastbert.ops._matmul import autocast_to, few_rows, has_own_route, mm, mm_t, widens
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
@@ -27,31 +27,69 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
     _check.vector("b", b, x, w.shape[0])
     b = b if b is None or b.dtype == x.dtype else b.to(x.dtype)
     if torch.compiler.is_compiling():
-        return F.linear(x, w, b)
+        return traced_linear(x, w, b)
     # The same with and without gradients: a checkpoint computes forward in both ways.
-    if not (few_rows(x, w) or widens(x, min(*x.shape, w.shape[0]))):
-        return F.linear(x, w, b)
-    if torch.is_grad_enabled() and wants_grad(x, w, b):
-        return _Linear.apply(x, w, b)
-    return _forward(x, w, b)
+    return _linear(x, w, b) if _has_route(x, w) else F.linear(x, w, b)
+
+
+def traced_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """x w^T + b as part of a graph of torch.compile: torch's own, which the compiler may fuse with
+    what follows, but on a CPU with routes of ours an op that takes them when the graph runs."""
+    if x.device.type == "cpu" and has_own_route(x.dtype):
+        return _linear(x, w, b)
+    return F.linear(x, w, b)
+
+
+def _has_route(x: torch.Tensor, w: torch.Tensor) -> bool:
+    return few_rows(x, w) or widens(x, min(*x.shape, w.shape[0]))
 
 
 def _forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    if not _has_route(x, w):
+        return F.linear(x, w, b)
     y = mm_t(x, w)
     return y if b is None else y.add_(b)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, w)
-        return _forward(x, w, b)
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, want_x: bool, want_w: bool, want_b: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    none = dy.new_empty(0)
+    dx = mm(dy, w) if want_x else none
+    dw = mm(dy.t(), x) if want_w else none
+    return dx, dw, dy.sum(0) if want_b else none
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        want_x, want_w, want_b = ctx.needs_input_grad
-        dx = mm(dy, w) if want_x else None
-        dw = mm(dy.t(), x) if want_w else None
-        return dx, dw, dy.sum(0) if want_b else None
+
+def _backward_fake(
+    dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, want_x: bool, want_w: bool, want_b: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    none = dy.new_empty(0)
+    dx = torch.empty_like(x) if want_x else none
+    dw = torch.empty_like(w) if want_w else none
+    return dx, dw, dy.new_empty(w.shape[0]) if want_b else none
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx: Any, backward: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    gradients = backward(dy, *ctx.saved_tensors, *wanted)
+    return tuple(x if want else None for x, want in zip(gradients, wanted, strict=True))
+
+
+_linear = differentiable(
+    "linear",
+    schema="(Tensor x, Tensor w, Tensor? b) -> Tensor",
+    forward=_forward,
+    fake=lambda x, w, b: x.new_empty(x.shape[0], w.shape[0]),
+    backward_schema=(
+        "(Tensor dy, Tensor x, Tensor w, bool want_x, bool want_w, bool want_b)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    backward=_backward,
+    backward_fake=_backward_fake,
+    save=_save,
+    gradients=_gradients,
+)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastbert.ops import _check
 from fastbert.ops._library import wants_grad
 from fastbert.ops._matmul import add_mm_, autocast_to, few_rows, mm, mm_t, widens
+from fastbert.ops.linear import traced_linear
 
 
 def qkv_linear(
@@ -44,8 +45,8 @@ def qkv_linear(
     biases = tuple(b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases)
     if torch.compiler.is_compiling():
         if joined:
-            return F.linear(x, torch.cat(weights), _joined_bias(biases, weights))
-        parts = [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+            return traced_linear(x, torch.cat(weights), _joined_bias(biases, weights))
+        parts = [traced_linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         return torch.cat(parts, 1)
     if torch.is_grad_enabled() and wants_grad(x, *weights, *biases):
         return _QkvLinear.apply(x, joined, len(weights), *weights, *biases)

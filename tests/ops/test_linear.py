@@ -75,6 +75,23 @@ def test_autocast(target: Target) -> None:
 
 
 @pytest.mark.parametrize(
+    "target", matmul_targets(only=(torch.float32, torch.bfloat16)), indirect=True
+)
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_graph_takes_the_same_routes(target: Target, tokens: int) -> None:
+    """Decided when it runs: each way to multiply adds up in an order of its own."""
+    draw = Draw(target)
+    inputs, grad = example(draw, tokens, 160, 144), draw(tokens, 144)
+    torch.compiler.reset()
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    expected = run(linear, inputs, grad)
+    check_same_bits(run(compiled, inputs, grad), expected)
+    frozen = inputs | {"w": inputs["w"].detach().requires_grad_(False)}
+    with torch.no_grad():
+        assert torch.equal(compiled(**frozen), expected["out"])
+
+
+@pytest.mark.parametrize(
     ("name", "arguments"),
     [
         ("x", {"x": torch.ones(8)}),
