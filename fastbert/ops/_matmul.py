@@ -17,6 +17,10 @@ _FEW_ELEMENTS = 3 * 2**16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def are_plain(x: torch.Tensor, w: torch.Tensor) -> bool:
+    return type(x) in _PLAIN and type(w) in _PLAIN
+
+
 @functools.cache
 def _bf16_is_slow_on_cpu() -> bool:
     return "amx_bf16" not in device.cpu_flags()
@@ -49,8 +53,7 @@ def few_rows(x: torch.Tensor, w: torch.Tensor) -> bool:
         and 0 < x.shape[0] <= _FEW_ROWS
         and x.numel() <= _FEW_ELEMENTS
         and x.dtype in (torch.float32, torch.bfloat16)
-        and type(x) in _PLAIN
-        and type(w) in _PLAIN
+        and are_plain(x, w)
         and w.is_contiguous()
         and _blas_is_slow_at_few_rows()
         and OPS["bias_gelu"].choice(x, x.shape[1]) == "cpp"

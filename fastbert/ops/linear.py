@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import _check
 from fastbert.ops._library import differentiable
-from fastbert.ops._matmul import autocast_to, few_rows, has_own_route, mm, mm_t, widens
+from fastbert.ops._matmul import are_plain, autocast_to, few_rows, has_own_route, mm, mm_t, widens
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,7 +35,7 @@ def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> t
 def traced_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     """x w^T + b as part of a graph of torch.compile: torch's own, which the compiler may fuse with
     what follows, but on a CPU with routes of ours an op that takes them when the graph runs."""
-    if x.device.type == "cpu" and has_own_route(x.dtype):
+    if x.device.type == "cpu" and are_plain(x, w) and has_own_route(x.dtype):
         return _linear(x, w, b)
     return F.linear(x, w, b)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastbert import _native, ops
 
@@ -122,6 +124,21 @@ def test_other_classes_of_tensors_multiply_as_they_do(monkeypatch: pytest.Monkey
         assert not _matmul.few_rows(x, other) and not _matmul.few_rows(other, w)
         with torch.no_grad():
             assert type(ops.linear(x, other)) is Other
+
+
+def test_a_graph_leaves_other_classes_of_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_matmul, "_blas_is_slow_at_few_rows", lambda: True)
+    called: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        called[:] = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        return graph
+
+    x, w = example(5, 96, 96, torch.float32)
+    for weight, target in ((w, torch.ops.fastbert.linear.default), (TwoTensor(w, w), F.linear)):
+        torch.compiler.reset()
+        torch.compile(ops.linear, backend=backend, fullgraph=True)(x, weight)
+        assert called == [target]
 
 
 @pytest.mark.parametrize(
