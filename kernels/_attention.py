@@ -123,7 +123,7 @@ def tiling(
     """
     num_sequences = cu_seqlens.shape[0] - 1
     if longest_first:
-        places = _attention_tile_list.tile_list(cu_seqlens, num_tokens, max_seqlen, block)
+        places = _attention_tile_list.tile_list(cu_seqlens, num_tokens, block)
         return Tiling((places.shape[0] * num_heads,), places, 1)
     tiles_per_sequence = triton.cdiv(max_seqlen, block)
     return Tiling((tiles_per_sequence * num_sequences, num_heads), None, tiles_per_sequence)

@@ -61,17 +61,13 @@ def _attention_tile_list_kernel(
             tl.store(entry + part, 0, mask=start + sequences < num_places)
 
 
-def tile_list(
-    cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int, block: int
-) -> torch.Tensor:
+def tile_list(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
     """The list for tiles of ``block`` tokens of the sequences of int32 ``cu_seqlens`` (B + 1,).
 
-    num_tokens: at least cu_seqlens[B].  max_seqlen: at least the longest length.
+    num_tokens: at least cu_seqlens[B].
     """
     num_sequences = cu_seqlens.shape[0] - 1
-    # ceil(n / block) summed over the sequences, at most.
-    num_places = min(num_tokens // block, num_sequences * (triton.cdiv(max_seqlen, block) - 1))
-    num_places += num_sequences
+    num_places = num_tokens // block + num_sequences  # ceil(n / block) summed is no more
     places = torch.empty(num_places, 3, dtype=torch.int32, device=cu_seqlens.device)
     step = _attention_config.TILE_LIST_BLOCK
     with torch.cuda.device_of(cu_seqlens):

@@ -54,7 +54,7 @@ def listed(lengths, block):
 @pytest.mark.parametrize("padding", [0, 500])  # tokens that are in no sequence
 def test_tile_list(lengths, block, step, padding, monkeypatch):
     monkeypatch.setattr(_attention_config, "TILE_LIST_BLOCK", step)
-    found = tile_list(cu_seqlens_of(lengths), sum(lengths) + padding, max(lengths) + padding, block)
+    found = tile_list(cu_seqlens_of(lengths), sum(lengths) + padding, block)
     expected = listed(lengths, block)
     assert found[: len(expected)].tolist() == expected
     left_over = found[len(expected) :]
