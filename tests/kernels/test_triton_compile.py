@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from fastbert.kernels import _attention_config, _config
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "triton_resources.py"
-# What they read are a few offsets.
-NARROW_LOADS = {"attention_tile_list", "attention_dropout_mask"}
+NO_PRODUCTS = {"attention_tile_list", "attention_dropout_mask"}
+NARROW_LOADS = NO_PRODUCTS  # what they read are a few offsets
 # A column sum ends with a few values a thread; the loss alone, a rank and a norm's share are one
 # value a row or program.
 NARROW_STORES = {
@@ -45,7 +45,7 @@ def matrix_instruction(row):
         large = row["constants"]["BLOCK_M"] >= 64 or row["arch"] == 89
         return {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA"}[row["arch"]] if large else "HMMA"
     products = row["kernel"].startswith(("attention", "feed_forward"))
-    if not products or row["kernel"] == "attention_dropout_mask" or row["dtype"] == "fp32":
+    if not products or row["kernel"] in NO_PRODUCTS or row["dtype"] == "fp32":
         return None
     if row["kernel"].endswith("dkdv") and row["constants"]["BLOCK_N"] < 64 and row["arch"] >= 80:
         return "HMMA"  # too few keys for the larger instructions
