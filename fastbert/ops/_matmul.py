@@ -60,12 +60,15 @@ def few_rows(x: torch.Tensor, w: torch.Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def has_own_route(dtype: torch.dtype) -> bool:
     """Whether ``mm_t`` may do without BLAS, or with that of another dtype, on this CPU."""
     if dtype == torch.bfloat16 and _bf16_is_slow_on_cpu():
         return True
     return dtype in (torch.float32, torch.bfloat16) and _blas_is_slow_at_few_rows()
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo and Triton with it.
+has_own_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def mm_t(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -54,19 +54,17 @@ def _forward(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.
 def _backward(
     dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, want_x: bool, want_w: bool, want_b: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    none = dy.new_empty(0)
-    dx = mm(dy, w) if want_x else none
-    dw = mm(dy.t(), x) if want_w else none
-    return dx, dw, dy.sum(0) if want_b else none
+    dx = mm(dy, w) if want_x else dy.new_empty(0)
+    dw = mm(dy.t(), x) if want_w else dy.new_empty(0)
+    return dx, dw, dy.sum(0) if want_b else dy.new_empty(0)
 
 
 def _backward_fake(
     dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, want_x: bool, want_w: bool, want_b: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    none = dy.new_empty(0)
-    dx = torch.empty_like(x) if want_x else none
-    dw = torch.empty_like(w) if want_w else none
-    return dx, dw, dy.new_empty(w.shape[0]) if want_b else none
+    dx = torch.empty_like(x) if want_x else dy.new_empty(0)
+    dw = torch.empty_like(w) if want_w else dy.new_empty(0)
+    return dx, dw, dy.new_empty(w.shape[0] if want_b else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -204,6 +204,10 @@ def library_calls(p: float) -> Iterator[tuple[str, tuple[Any, ...]]]:
             (grad, ids, ids, token_type_ids, *constant, mean, rstd, *tail),
         )
 
+    yield "linear", (x, leaf(5, 6), leaf(5))
+    yield "linear", (draw(7, 6), draw(5, 6), None)
+    for wants in ((True, True, True), (True, False, False), (False, True, False)):
+        yield "linear_bwd", (draw(7, 5), x.detach(), draw(5, 6), *wants)
     index = torch.tensor([0, 2, 6])
     yield "gather_rows", (x, index)
     yield "gather_rows_bwd", (draw(3, 6), index, 7)
