@@ -227,9 +227,9 @@ def main() -> None:
             model, data, arguments.runners.split(","), arguments.seeds, arguments.epochs,
             not arguments.untimed,
         )  # fmt: skip
+        row["machine"] = timing.machine()  # of the row: other sets may have run elsewhere
         rows = [other for other in rows if other["set"] != data.name] + [row]
-        result = {"machine": timing.machine(), "model": model.parent.name, "rows": rows}
-        timing.write(arguments.out, result)
+        timing.write(arguments.out, {"model": model.parent.name, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -66,7 +66,12 @@ def finetune(path: Path, table: Table, machine: Callable[[dict[str, Any]], str])
         )
     headings = ("set", "score", "bar", "fastbert", "peers", "s", "real tokens/s", "as fast as",
                 "int8 loses", "seeds")  # fmt: skip
-    return f"{table(headings, rows)}\n\n{result['model']}; {machine(result)}"
+    where: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        where.setdefault(machine(row), []).append(row["set"])
+    said = [text if len(where) == 1 else f"{', '.join(sets)}: {text}"
+            for text, sets in where.items()]  # fmt: skip
+    return f"{table(headings, rows)}\n\n{result['model']}; {' '.join(said)}"
 
 
 def methods(path: Path, table: Table, machine: Callable[[dict[str, Any]], str]) -> str:
