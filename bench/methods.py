@@ -33,7 +33,7 @@ from fastbert.finetune import Setting, finetune
 from fastbert.finetune.methods import METHODS
 
 _BATCH = 16
-BEST = ("layerwise-lr+r-drop", "layerwise-lr+freelb+label-smoothing")
+BEST = ("layerwise-lr+r-drop", "layerwise-lr+freelb+label-smoothing", "smart+cls-norm")
 
 
 def run(model: Path, data: LabelledSet, method: str, seed: int, epochs: int | None) -> dict:

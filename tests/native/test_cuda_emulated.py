@@ -6,8 +6,6 @@ arrive as late as their wait allows: what a GPU may do, the emulation does.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -15,9 +13,7 @@ import pytest
 import torch
 
 from .cuda_emulator import checks, emulator, formulas
-
-if emulator.compiler() is None:
-    pytest.skip("needs g++ to compile the kernels for the host", allow_module_level=True)
+from .cuda_emulator.emulator import ONE_BLOCK, TWO_KERNELS, misaligned
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
@@ -25,209 +21,9 @@ DROPOUT = pytest.mark.parametrize("p", [0.0, 0.3], ids=["p0", "p.3"])
 place = emulator.fenced
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> emulator.EmulatedCuda:
-    return emulator.build(tmp_path_factory.mktemp("cuda_emulated"))
-
-
-@pytest.fixture
-def launch(native: emulator.EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The launchers, with the emulated kernels behind them and no device to choose."""
-    from fastbert.ops import _cuda_launch
-
-    monkeypatch.setattr(_cuda_launch._native, "cuda", lambda: native)
-    monkeypatch.setattr(_cuda_launch, "_on_device_of", lambda x: contextlib.nullcontext())
-    monkeypatch.setattr(_cuda_launch, "_stream", lambda x: 0)
-    native.configure()
-    return _cuda_launch
-
-
-@pytest.fixture(params=["wgmma", "mma"])
-def tensor_cores(request: pytest.FixtureRequest, native: emulator.EmulatedCuda) -> Iterator[str]:
-    """By which instruction attention multiplies, where it has both: head dimensions 64 and 128."""
-    native.allow_wgmma(request.param == "wgmma")
-    yield request.param
-    native.allow_wgmma(True)
-
-
 def test_philox_gives_the_known_answer() -> None:
     words = formulas.philox_words(0, 0, 0, 0, np.arange(4))
     assert [f"{w:08x}" for w in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
-
-
-def test_wgmma_is_taken_where_allowed(native: emulator.EmulatedCuda) -> None:
-    assert native.has_wgmma()
-    assert native.allow_wgmma(False) and not native.allow_wgmma(True)
-
-
-@DROPOUT
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention_on_tensor_cores(
-    launch: ModuleType, tensor_cores: str, head_dim: int, dtype: torch.dtype, p: float
-) -> None:
-    checks.attention(launch, place, [0, 1, 65, 0, 64], 2, head_dim, dtype, p=p)
-
-
-@DROPOUT
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_attention_of_32_dimensions(launch: ModuleType, dtype: torch.dtype, p: float) -> None:
-    checks.attention(launch, place, [0, 1, 65, 0, 64], 2, 32, dtype, p=p)
-
-
-@DROPOUT
-@pytest.mark.parametrize("lengths", [[63], [1, 1, 0, 130], [129, 0], []], ids=str)
-def test_attention_over_ragged_lengths(
-    launch: ModuleType, tensor_cores: str, lengths: list[int], p: float
-) -> None:
-    checks.attention(launch, place, lengths, 1, 64, BF16, p=p, slack=70)
-
-
-@pytest.mark.parametrize(("head_dim", "length"), [(64, 300), (128, 650)])
-def test_attention_comes_round_its_stages(
-    launch: ModuleType, tensor_cores: str, head_dim: int, length: int
-) -> None:
-    """Five tiles of keys and a ragged one: each of the three stages is filled twice."""
-    checks.attention(launch, place, [length], 1, head_dim, BF16, p=0.1)
-
-
-@DROPOUT
-@DTYPES
-def test_attention_of_any_head_dim(launch: ModuleType, dtype: torch.dtype, p: float) -> None:
-    checks.attention(launch, place, [0, 1, 31, 32, 33, 64], 3, 20, dtype, p=p)
-
-
-def test_attention_in_fp32(launch: ModuleType) -> None:
-    checks.attention(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-60, -0.2, 3.0], ids=str)
-def test_attention_takes_any_scale(launch: ModuleType, scale: float) -> None:
-    checks.attention(launch, place, [5, 40], 1, 32, FP16, scale=scale)
-
-
-def test_attention_off_16_byte_boundaries(launch: ModuleType) -> None:
-    checks.attention(launch, _misaligned, [3, 40], 1, 32, BF16)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("eager", [False, True])
-def test_attention_does_not_depend_on_timing(
-    launch: ModuleType, native: emulator.EmulatedCuda, tensor_cores: str, reverse: bool, eager: bool
-) -> None:
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        return checks.attention(launch, place, [260, 20], 1, 64, BF16, p=0.1)
-
-    usual = run()
-    native.configure(reverse_threads=reverse, eager_copies=eager)
-    for got, want in zip(run(), usual, strict=True):
-        assert torch.equal(got, want)
-
-
-@DROPOUT
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_attention_bwd_on_tensor_cores(
-    launch: ModuleType, head_dim: int, dtype: torch.dtype, p: float
-) -> None:
-    checks.attention_bwd(launch, place, [0, 1, 65, 0, 64], 2, head_dim, dtype, p=p)
-
-
-# Shared memory that the device offers a block: what attention_bwd.cu chooses by.
-ONE_BLOCK, TWO_KERNELS = 227 * 1024, 32 * 1024
-
-
-@DROPOUT
-@pytest.mark.parametrize("lengths", [[63, 127], [1, 1, 0, 129], [128], []], ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("one_block", [True, False], ids=["one block", "two kernels"])
-def test_attention_bwd_over_ragged_lengths(
-    launch: ModuleType, native: emulator.EmulatedCuda, one_block: bool, head_dim: int,
-    lengths: list[int], p: float,
-) -> None:  # fmt: skip
-    native.configure(shared_bytes=ONE_BLOCK if one_block else TWO_KERNELS)
-    checks.attention_bwd(launch, place, lengths, 1, head_dim, BF16, p=p, slack=70)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "lengths"),
-    [(32, [200, 3]), (64, [257, 1, 130]), (64, [512]), (128, [224])],
-    ids=str,
-)
-def test_attention_bwd_sums_dq_over_key_tiles(
-    launch: ModuleType, head_dim: int, lengths: list[int]
-) -> None:
-    checks.attention_bwd(launch, place, lengths, 1, head_dim, FP16, p=0.1)
-
-
-@pytest.mark.parametrize(("head_dim", "length"), [(32, 513), (64, 513), (128, 225)])
-def test_attention_bwd_above_what_one_block_takes(
-    launch: ModuleType, head_dim: int, length: int
-) -> None:
-    checks.attention_bwd(launch, place, [3, length], 1, head_dim, BF16, p=0.1)
-
-
-@DROPOUT
-@DTYPES
-def test_attention_bwd_of_any_head_dim(launch: ModuleType, dtype: torch.dtype, p: float) -> None:
-    checks.attention_bwd(launch, place, [0, 1, 31, 32, 33, 64], 3, 20, dtype, p=p)
-
-
-def test_attention_bwd_in_fp32(launch: ModuleType) -> None:
-    checks.attention_bwd(launch, place, [65, 0, 3], 2, 64, FP32, p=0.1)
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
-@pytest.mark.parametrize("head_dim", [20, 32])
-def test_attention_bwd_takes_any_scale(launch: ModuleType, head_dim: int, scale: float) -> None:
-    checks.attention_bwd(launch, place, [5, 40], 1, head_dim, FP16, scale=scale)
-
-
-def test_attention_bwd_off_16_byte_boundaries(launch: ModuleType) -> None:
-    checks.attention_bwd(launch, _misaligned, [3, 40], 1, 32, BF16)
-
-
-@pytest.mark.parametrize("length", [40, 129])
-@pytest.mark.parametrize("one_block", [True, False], ids=["one block", "two kernels"])
-def test_attention_bwd_masks_keys_whose_exp_overflows(
-    launch: ModuleType, native: emulator.EmulatedCuda, one_block: bool, length: int
-) -> None:
-    """Scores are -256 and a little noise: exp(0 - lse), as a key past the end has it, is inf."""
-    native.configure(shared_bytes=ONE_BLOCK if one_block else TWO_KERNELS)
-    qkv = torch.randn(length, 3, 1, 64, generator=torch.Generator().manual_seed(3))
-    qkv[:, 0] += 32.0
-    qkv[:, 1] -= qkv[:, 1].mean(-1, keepdim=True) + 1.0
-    checks.attention_bwd_of(launch, place, qkv.to(BF16), [0, length], 0.125, 0.0, 0)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize(
-    ("head_dim", "lengths", "shared_bytes"),
-    [
-        (64, [130, 20], ONE_BLOCK),
-        (128, [130, 20], ONE_BLOCK),
-        (64, [130, 20], TWO_KERNELS),
-        (20, [40, 20], ONE_BLOCK),
-    ],
-    ids=["one key tile", "two key tiles", "two kernels", "any"],
-)
-def test_attention_bwd_does_not_depend_on_timing(
-    launch: ModuleType, native: emulator.EmulatedCuda, head_dim: int, lengths: list[int],
-    shared_bytes: int, reverse: bool, eager: bool,
-) -> None:  # fmt: skip
-    def run() -> torch.Tensor:
-        return checks.attention_bwd(launch, place, lengths, 1, head_dim, BF16, p=0.1)
-
-    native.configure(shared_bytes=shared_bytes)
-    usual = run()
-    native.configure(shared_bytes=shared_bytes, reverse_threads=reverse, eager_copies=eager)
-    assert torch.equal(run(), usual)
-
-
-def test_attention_bwd_refuses_heads_that_do_not_fit(launch: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match="attention_bwd: head dimension 4000 is too large"):
-        checks.attention_bwd(launch, place, [1], 1, 4000, FP32)
 
 
 @pytest.mark.parametrize("tanh", [False, True], ids=["erf", "tanh"])
@@ -247,7 +43,7 @@ def test_bias_gelu_with_other_biases(launch: ModuleType, vector_dtype: torch.dty
 
 
 def test_bias_gelu_off_16_byte_boundaries(launch: ModuleType) -> None:
-    checks.bias_gelu(launch, _misaligned, 5, 96, BF16, BF16, False)
+    checks.bias_gelu(launch, misaligned, 5, 96, BF16, BF16, False)
 
 
 def test_bias_gelu_of_huge_and_special_values(launch: ModuleType) -> None:
@@ -286,7 +82,7 @@ def test_add_layer_norm_variance_takes_two_passes(launch: ModuleType, cols: int)
 
 
 def test_add_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
-    checks.add_layer_norm(launch, _misaligned, 6, 96, BF16, BF16, p=0.3)
+    checks.add_layer_norm(launch, misaligned, 6, 96, BF16, BF16, p=0.3)
 
 
 def test_add_layer_norm_promotes_mixed_vectors(launch: ModuleType) -> None:
@@ -334,14 +130,14 @@ def test_embed_layer_norm_at_the_limit_of_keys(launch: ModuleType, token_types: 
 
 
 def test_embed_layer_norm_off_16_byte_boundaries(launch: ModuleType) -> None:
-    checks.embed_layer_norm(launch, _misaligned, 40, 96, BF16, BF16, p=0.3)
+    checks.embed_layer_norm(launch, misaligned, 40, 96, BF16, BF16, p=0.3)
 
 
 def test_a_workspace_off_16_byte_boundaries(
     launch: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     floats = launch._floats
-    monkeypatch.setattr(launch, "_floats", lambda like, count: _misaligned(floats(like, count)))
+    monkeypatch.setattr(launch, "_floats", lambda like, count: misaligned(floats(like, count)))
     checks.embed_layer_norm(launch, place, 70, 96, BF16, BF16)
     checks.embed_layer_norm(launch, place, 70, 1160, BF16, BF16)
     checks.add_layer_norm(launch, place, 70, 96, BF16, BF16, p=0.3)
@@ -352,13 +148,13 @@ def test_a_workspace_off_16_byte_boundaries(
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("eager", [False, True])
 def test_embed_layer_norm_does_not_depend_on_timing(
-    launch: ModuleType, native: emulator.EmulatedCuda, reverse: bool, eager: bool
+    launch: ModuleType, emulated: emulator.EmulatedCuda, reverse: bool, eager: bool
 ) -> None:
     def run() -> tuple[torch.Tensor, ...]:
         return checks.embed_layer_norm(launch, place, 300, 40, BF16, BF16, p=0.3)
 
     usual = run()
-    native.configure(reverse_threads=reverse, eager_copies=eager)
+    emulated.configure(reverse_threads=reverse, eager_copies=eager)
     for got, want in zip(run(), usual, strict=True):
         assert torch.equal(got, want)
 
@@ -369,7 +165,7 @@ def test_sums_over_many_groups_of_rows(launch: ModuleType) -> None:
     checks.add_layer_norm(launch, place, rows, 16, FP16, FP32)
 
 
-def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> None:
+def test_no_kernel_writes_past_its_outputs(emulated: emulator.EmulatedCuda) -> None:
     """As the launchers call them, but with outputs that end where writable memory ends."""
     rows, cols, heads, head_dim = 67, 96, 3, 32
     wide = place(torch.randn(rows, 3 * cols).bfloat16())
@@ -380,56 +176,56 @@ def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> Non
     mean, rstd = place(torch.zeros(rows)), place(torch.ones(rows))
     lse, bounds = place(torch.empty(heads, rows)), place(torch.tensor([0, 67]).int())
     seed = place(torch.tensor([checks.SEED]))
-    gelu_space = place(torch.empty(native.bias_gelu_bwd_workspace(rows, cols)))
-    norm_space = place(torch.empty(native.add_layer_norm_bwd_workspace(rows, cols)))
+    gelu_space = place(torch.empty(emulated.bias_gelu_bwd_workspace(rows, cols)))
+    norm_space = place(torch.empty(emulated.add_layer_norm_bwd_workspace(rows, cols)))
     ids, table = place(torch.randint(9, (rows,))), place(torch.randn(9, cols).bfloat16())
     tables = (ids, ids, ids, table, table, table, vector)
-    embed_space = place(torch.empty(native.embed_layer_norm_bwd_workspace(rows, cols)))
+    embed_space = place(torch.empty(emulated.embed_layer_norm_bwd_workspace(rows, cols)))
     keys = place(torch.zeros(3 * rows).short())
     dtables = [place(torch.zeros(9, cols).bfloat16()) for _ in range(3)]
-    table_space = place(torch.empty(native.embedding_gradients_workspace(3 * rows, cols)))
+    table_space = place(torch.empty(emulated.embedding_gradients_workspace(3 * rows, cols)))
 
     def at(*tensors: torch.Tensor | None) -> list[int]:
         return [0 if t is None else t.data_ptr() for t in tensors]
 
     bf16, fp32, stream = 1, 0, 0
-    native.attention_fwd(
+    emulated.attention_fwd(
         *at(wide, bounds, out, lse), rows, 1, heads, head_dim, rows, 0.2, 0.1, *at(seed), 0,
         bf16, stream,
     )  # fmt: skip
     for width, device in (32, ONE_BLOCK), (32, TWO_KERNELS), (24, ONE_BLOCK):
-        native.configure(shared_bytes=device)
+        emulated.configure(shared_bytes=device)
         packed = place(torch.randn(rows, 3, heads, width).bfloat16())
         dout, forward = (place(torch.randn(rows, heads, width).bfloat16()) for _ in range(2))
         dqkv, delta = place(torch.empty_like(packed)), place(torch.empty_like(lse))
-        native.attention_bwd(
+        emulated.attention_bwd(
             *at(dout, packed, forward, lse, bounds, dqkv, delta), rows, 1, heads, width, rows, 0.2,
             0.1, *at(seed), 0, bf16, stream,
         )  # fmt: skip
-    native.configure()
-    native.bias_gelu_fwd(*at(x, vector, out), rows, cols, False, bf16, fp32, stream)
-    native.bias_gelu_bwd(
+    emulated.configure()
+    emulated.bias_gelu_fwd(*at(x, vector, out), rows, cols, False, bf16, fp32, stream)
+    emulated.bias_gelu_bwd(
         *at(dy, x, vector, dx, grads[0], gelu_space), rows, cols, False, bf16, fp32, stream
     )
-    native.add_layer_norm_fwd(
+    emulated.add_layer_norm_fwd(
         *at(x, dy, vector, vector, vector, out, z, mean, rstd), rows, cols, 1e-5, 0.1, *at(seed), 0,
         bf16, fp32, stream,
     )  # fmt: skip
-    native.add_layer_norm_bwd(
+    emulated.add_layer_norm_bwd(
         *at(dy, z, vector, mean, rstd, out, dx, *grads, norm_space), rows, cols, 0.1, *at(seed), 0,
         bf16, fp32, stream,
     )  # fmt: skip
-    native.embed_layer_norm_fwd(
+    emulated.embed_layer_norm_fwd(
         *at(*tables, vector, out, mean, rstd), rows, cols, 9, 9, 9, 1e-5, 0.1, *at(seed), 0,
         bf16, fp32, stream,
     )  # fmt: skip
-    native.embed_layer_norm_bwd(
+    emulated.embed_layer_norm_bwd(
         *at(dy, *tables, mean, rstd, dx, *grads[:2], embed_space), rows, cols, 9, 9, 9,
         0.1, *at(seed), 0, bf16, fp32, stream,
     )  # fmt: skip
-    native.embedding_keys(*at(ids, ids, ids, keys), rows, 9, 9, 9, 2, stream)
+    emulated.embedding_keys(*at(ids, ids, ids, keys), rows, 9, 9, 9, 2, stream)
     sorted_keys, order = map(place, keys.sort(stable=True))
-    native.embedding_gradients(
+    emulated.embedding_gradients(
         *at(dx, sorted_keys, order, *dtables, table_space), 3 * rows, rows, cols,
         9, 9, 9, 2, bf16, stream,
     )  # fmt: skip
@@ -446,12 +242,12 @@ def test_no_kernel_writes_past_its_outputs(native: emulator.EmulatedCuda) -> Non
     ],
 )
 def test_bad_arguments_are_named(
-    native: emulator.EmulatedCuda, change: dict[str, float], text: str
+    emulated: emulator.EmulatedCuda, change: dict[str, float], text: str
 ) -> None:
     given = {"rows": 1, "cols": 8, "eps": 1e-5, "dropout_p": 0.0, "dropout_seed": 0,
              "dropout_offset": 0, "dtype": 1, "vector_dtype": 0, "stream": 0, **change}  # fmt: skip
     with pytest.raises(RuntimeError, match=f"add_layer_norm_fwd: .*{text}"):
-        native.add_layer_norm_fwd(*[0] * 9, *given.values())
+        emulated.add_layer_norm_fwd(*[0] * 9, *given.values())
 
 
 @pytest.mark.parametrize(
@@ -463,18 +259,18 @@ def test_bad_arguments_are_named(
     ],
 )
 def test_keys_that_do_not_fit_are_refused(
-    native: emulator.EmulatedCuda, entries: tuple[int, int, int], key_bytes: int, text: str
+    emulated: emulator.EmulatedCuda, entries: tuple[int, int, int], key_bytes: int, text: str
 ) -> None:
     with pytest.raises(RuntimeError, match=f"embedding_keys: .*{text}"):
-        native.embedding_keys(0, 0, 0, 0, 1, *entries, key_bytes, 0)
+        emulated.embedding_keys(0, 0, 0, 0, 1, *entries, key_bytes, 0)
     with pytest.raises(RuntimeError, match=f"embedding_gradients: .*{text}"):
-        native.embedding_gradients(*[0] * 7, 3, 1, 8, *entries, key_bytes, 1, 0)
+        emulated.embedding_gradients(*[0] * 7, 3, 1, 8, *entries, key_bytes, 1, 0)
 
 
-def test_rows_too_wide_for_a_grid_are_refused(native: emulator.EmulatedCuda) -> None:
+def test_rows_too_wide_for_a_grid_are_refused(emulated: emulator.EmulatedCuda) -> None:
     cols = 65535 * 32 + 1  # one column more than the blocks of one launch sum
     with pytest.raises(RuntimeError, match="embedding_gradients: too large: needs 65536 thread"):
-        native.embedding_gradients(*[0] * 7, 3, 1, cols, 9, 9, 9, 2, 1, 0)
+        emulated.embedding_gradients(*[0] * 7, 3, 1, cols, 9, 9, 9, 2, 1, 0)
 
 
 def test_a_table_without_rows_is_refused(launch: ModuleType) -> None:
@@ -484,9 +280,3 @@ def test_a_table_without_rows_is_refused(launch: ModuleType) -> None:
             launch.embed_layer_norm_fwd(
                 ids, ids, ids, *tables, table[0], table[0], 1e-5, 0.0, None, 0
             )
-
-
-def _misaligned(x: torch.Tensor) -> torch.Tensor:
-    """A copy that starts one element after a multiple of 16 bytes."""
-    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
-    return storage[1:].view(x.shape).copy_(x)

@@ -23,6 +23,8 @@ FLAGS = (
     "-O1 -std=c++17 -fPIC -fno-strict-aliasing -DFASTBERT_CUDA_EMULATOR -DFASTBERT_SM_90A "
     f"-I{HERE} -I{CSRC / 'cuda'}"
 ).split()
+# Shared memory that the device offers a block: what attention_bwd.cu chooses by.
+ONE_BLOCK, TWO_KERNELS = 227 * 1024, 32 * 1024
 
 
 def compiler() -> str | None:
@@ -43,7 +45,7 @@ class EmulatedCuda:
         *,
         reverse_threads: bool = False,
         eager_copies: bool = False,
-        shared_bytes: int = 227 * 1024,
+        shared_bytes: int = ONE_BLOCK,
     ) -> None:
         """What real hardware leaves open: the order of threads between two meetings, whether an
         asynchronous copy or product is made when issued or only when waited for, and how much
@@ -114,3 +116,9 @@ def fenced(x: torch.Tensor) -> torch.Tensor:
     copy = torch.frombuffer(mapping, dtype=torch.uint8, count=room)[at : at + size]
     copy = copy.view(x.dtype).view(x.shape)
     return copy.copy_(x)
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that starts one element after a multiple of 16 bytes."""
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
+    return storage[1:].view(x.shape).copy_(x)
