@@ -1,4 +1,4 @@
-"""A forward pass with other tensors in the place of some parameters."""
+"""A forward pass with other tensors in the place of some parameters or buffers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,16 @@ class _Pass(nn.Module):
 def with_parameters(
     model: nn.Module, tensors: Mapping[str, Tensor], forward: Forward, inputs: Inputs
 ) -> Any:
-    """``forward(inputs)`` while the parameters of ``model`` of those names are ``tensors``.
+    """``forward(inputs)`` while the parameters and buffers of ``model`` of those names are
+    ``tensors``.
 
     Gradients go to ``tensors`` and what they were computed from. Modules stay what they are: a
     plain Linear takes the fused path.
     """
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_Pass(model, forward), named, (inputs,))
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all buffers by name: a pass that has these leaves the model's as they are."""
+    return {name: x.clone() for name, x in model.named_buffers()}

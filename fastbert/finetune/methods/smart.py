@@ -12,7 +12,7 @@ from torch import nn
 
 from fastbert.finetune.methods.base import Forward, Inputs, Method, check_number, loss_of
 from fastbert.finetune.methods.inputs import Replay, Words
-from fastbert.finetune.methods.parameters import with_parameters
+from fastbert.finetune.methods.parameters import buffers, with_parameters
 from fastbert.finetune.methods.predictions import divergence, predictions
 from fastbert.finetune.methods.structure import expect_task
 
@@ -93,8 +93,10 @@ class SMART(Method):
             output.loss = loss_of(self, output) + self.weight * divergence(clean, noisy)
         if self.proximal:
             replay.rewind()
+            # Running statistics, as cls-norm's, are of the model that is trained, not of this one.
+            average = {**self._averages(model), **buffers(model)}
             with torch.no_grad():
-                earlier = with_parameters(model, self._averages(model), forward, inputs)
+                earlier = with_parameters(model, average, forward, inputs)
             earlier = predictions(self, earlier, inputs, model)
             output.loss = loss_of(self, output) + self.proximal * divergence(earlier, clean)
         return output

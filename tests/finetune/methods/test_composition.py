@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastbert
 from fastbert.finetune.methods import (
     METHODS,
     SMART,
     Adapters,
     ClassWeights,
+    ClsNorm,
     FreeLB,
     LabelSmoothing,
     LayerwiseLR,
@@ -241,3 +243,26 @@ def test_r_drop_inside_freelb_keeps_two_dropouts() -> None:
     one, other, again, other_again = seen
     assert not torch.equal(one, other)
     assert torch.equal(one, again) and torch.equal(other, other_again)
+
+
+@pytest.mark.parametrize("kind", ["native", "accelerated"])
+def test_running_statistics_are_of_the_trained_model(kind: str) -> None:
+    """Cls-norm's averages are of no pass of SMART's average model."""
+    task = "SequenceClassification"
+    model = native(task) if kind == "native" else hugging_face(task)
+    inputs = packed(task) if kind == "native" else padded(task)
+    if kind == "accelerated":
+        fastbert.accelerate(model, strict=True)
+    method = ClsNorm(momentum=0.25) + SMART(weight=0.0)
+    method.prepare(model)
+    method.after_step(model, 1, 10)  # the average is the model as it starts
+    with torch.no_grad():
+        model.bert.pooler.dense.weight.mul_(-2.0)
+    features = []
+    norm = model.cls_norm
+    norm.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    method.loss(forward_of(model), inputs, model).loss.backward()
+    trained, average = features
+    assert not torch.allclose(trained.mean(0), average.mean(0))
+    torch.testing.assert_close(norm.running_mean, 0.25 * trained.mean(0))
+    torch.testing.assert_close(norm.running_var, 0.75 + 0.25 * trained.var(0))
